@@ -1,0 +1,134 @@
+"""Write a Llama model directory with random weights, for tests and benchmarks of speed.
+
+    python -m benchmarks.make_model --shape tiny --out DIR
+
+The directory is what Hugging Face Transformers itself would save: config, bf16 safetensors, a byte-level BPE
+tokenizer trained on this Python's standard library, a ChatML chat template and a generation config. The weights
+are random (seeded), so the text is noise; the shapes, and so the cost of every step, are real.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SHAPES: dict[str, dict[str, int]] = {
+    "tiny": dict(
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=2048,
+    ),
+    "llama-160m": dict(
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        vocab_size=32_000,
+    ),
+    "llama-1.1b": dict(
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        vocab_size=32_000,
+    ),
+}
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+
+
+def training_text(limit_bytes: int = 12_000_000) -> Iterator[str]:
+    """Yield the standard library's source files, in a fixed order, up to `limit_bytes`."""
+    total = 0
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        total += len(text)
+        yield text
+        if total >= limit_bytes:
+            return
+
+
+def train_tokenizer(vocab_size: int, texts: Iterator[str]) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer of exactly `vocab_size` entries, with ChatML's special tokens first."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    missing = vocab_size - tokenizer.get_vocab_size()
+    tokenizer.add_tokens([f"<|unused_{i}|>" for i in range(missing)])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=2048
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+def make_model(shape: str, out: Path, seed: int = 0) -> Path:
+    """Write the model directory `out` for one of `SHAPES` and return it; an existing complete one is kept."""
+    if (out / "model.safetensors").exists():
+        return out
+    torch.manual_seed(seed)
+    tokenizer = train_tokenizer(SHAPES[shape]["vocab_size"], training_text())
+    config = LlamaConfig(
+        **SHAPES[shape],
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        # Larger than Llama's 0.02: logits far enough apart that greedy decoding has few ties.
+        initializer_range=0.05,
+        dtype="bfloat16",
+    )
+    default_dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(default_dtype)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(out)
+    # The weights come last: their file is what marks the directory as complete.
+    model.save_pretrained(out, max_shard_size="100GB")
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write a Llama model directory with random weights.")
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    print(make_model(args.shape, args.out, args.seed))
+
+
+if __name__ == "__main__":
+    main()
