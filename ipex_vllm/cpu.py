@@ -1,0 +1,332 @@
+"""What this machine is, and the settings that follow from it. Each decision is a line with its reason.
+
+Reads /proc and /sys only, so it imports in any environment and before anything heavy. `root` stands for "/" and is
+another folder in the tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ipex_vllm.engine import EngineError
+from ipex_vllm.options import WorkerOptions
+
+GIB = 1 << 30
+
+# CPU flags of /proc/cpuinfo that choose a kernel, weakest first.
+ISA_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+
+# From this many cores a node spares one for the HTTP server and the scheduler. On fewer, the lost core costs more
+# than sharing does: on 2 cores, half of the arithmetic.
+MIN_CORES_TO_RESERVE_ONE = 8
+
+# Interpreter, libraries and activations of the server and engine processes, beyond weights and KV cache.
+PROCESS_MEMORY_BYTES = int(2.0 * GIB)
+KV_CACHE_SHARE = 0.4  # of what is free after the weights; the rest is left to other programs and the page cache
+KV_CACHE_MAX_SEQUENCES = 256  # vLLM's own limit on sequences in a batch; more cache than they fill is of no use
+KV_CACHE_DEFAULT_BYTES = 4 * GIB  # for a model whose size is not known before it is fetched
+
+# torch.compile takes about a minute at the first start, which a model this small does not earn back.
+MIN_WEIGHT_BYTES_TO_COMPILE = 512 << 20
+
+
+@dataclass(frozen=True)
+class LogicalCpu:
+    id: int
+    core: tuple[int, int]  # (package, core): the same for SMT siblings
+    node: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Facts about this machine, as this process may use them. Memory in bytes.
+
+    `node_available` is what the fullest NUMA node has left. On a virtual machine whose memory grows as it is used, it
+    can be far below `memory_available`, and vLLM refuses a KV cache that is larger.
+    """
+
+    name: str
+    cpus: tuple[LogicalCpu, ...]
+    quota_cores: float | None
+    isa: tuple[str, ...]
+    memory_total: int
+    memory_available: int
+    node_available: int
+    iomp: str | None
+    tcmalloc: str | None
+
+    @classmethod
+    def probe(cls, root: Path = Path("/"), allowed: Iterable[int] | None = None, prefix: Path | None = None) -> Machine:
+        """Read the machine's facts; `allowed` are the logical CPUs of this process, `prefix` its environment's root."""
+        cpuinfo = (root / "proc/cpuinfo").read_text()
+        flags = set(_field(cpuinfo, "flags").split())
+        meminfo = (root / "proc/meminfo").read_text()
+        total, available = (_kib(meminfo, name) for name in ("MemTotal", "MemAvailable"))
+        limit, used = _cgroup_memory(root)
+        if limit is not None and limit < total:
+            total, available = limit, min(available, limit - used)
+        return cls(
+            name=_field(cpuinfo, "model name") or platform.machine(),
+            cpus=tuple(_logical_cpus(root, os.sched_getaffinity(0) if allowed is None else allowed)),
+            quota_cores=_cgroup_cpu_quota(root),
+            isa=tuple(flag for flag in ISA_FLAGS if flag in flags),
+            memory_total=total,
+            memory_available=max(available, 0),
+            node_available=max(min([available, *_node_available(root)]), 0),
+            iomp=_first(Path(sys.prefix if prefix is None else prefix) / "lib", "libiomp5.so"),
+            tcmalloc=_first(root / "usr/lib", "*/libtcmalloc_minimal.so.4", "libtcmalloc_minimal.so.4")
+            or _first(root / "usr/lib64", "libtcmalloc_minimal.so.4"),
+        )
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model directory tells before it is loaded; None where it does not (a name to be fetched, say)."""
+
+    weight_bytes: int | None = None
+    kv_bytes_per_token: int | None = None
+    max_position: int | None = None
+
+    @classmethod
+    def read(cls, model_path: str) -> ModelFacts:
+        folder = Path(model_path)
+        try:
+            config = json.loads((folder / "config.json").read_text())
+        except (OSError, ValueError):
+            return cls()
+        files = list(folder.glob("*.safetensors")) or list(folder.glob("pytorch_model*.bin"))
+        heads = config.get("num_attention_heads")
+        kv_heads = config.get("num_key_value_heads", heads)
+        head_dim = config.get("head_dim") or (config["hidden_size"] // heads if heads else None)
+        layers = config.get("num_hidden_layers")
+        is_plain = all(isinstance(value, int) for value in (layers, kv_heads, head_dim))
+        return cls(
+            weight_bytes=sum(file.stat().st_size for file in files) or None,
+            kv_bytes_per_token=2 * layers * kv_heads * head_dim * 2 if is_plain else None,
+            max_position=config.get("max_position_embeddings"),
+        )
+
+
+@dataclass
+class Plan:
+    """The settings chosen for this machine, each with its reason in `lines`.
+
+    Attributes:
+        rank_cores: for each rank of tensor and pipeline parallelism, the logical CPUs that compute.
+        kv_cache_bytes: KV cache of one rank.
+        use_compile: torch.compile the model, or run it eagerly.
+    """
+
+    rank_cores: tuple[tuple[int, ...], ...]
+    kv_cache_bytes: int
+    use_compile: bool
+    lines: list[str] = field(default_factory=list)
+
+
+def preload_and_reexecute(machine: Machine) -> None:
+    """Restart this process, once, with Intel's OpenMP and tcmalloc preloaded, where they are there and not yet loaded.
+
+    The dynamic linker reads LD_PRELOAD when a process starts, so this comes before anything heavy is imported.
+    """
+    loaded = os.environ.get("LD_PRELOAD", "")
+    # A second OpenMP runtime beside the user's own choice would be worse than none.
+    iomp = None if "libgomp" in loaded or "libomp" in loaded else machine.iomp
+    missing = [path for path in (machine.tcmalloc, iomp) if path and Path(path).name not in loaded]
+    if missing:
+        os.environ["LD_PRELOAD"] = ":".join([*missing, *filter(None, [loaded])])
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def make_plan(
+    machine: Machine, options: WorkerOptions, model: ModelFacts, num_ranks: int = 1, max_model_len: int | None = None
+) -> Plan:
+    """Choose the settings. Raises EngineError, with the figures, when the model does not fit in the free memory."""
+    rank_cores, cores_reason = _choose_cores(machine, options.cores, num_ranks)
+    kv_cache_bytes, kv_reason = _choose_kv_cache(machine, options, model, num_ranks, max_model_len)
+    use_compile, compile_reason = _choose_compile(options, model)
+    preloaded = os.environ.get("LD_PRELOAD", "")
+    libraries = [Path(path).name for path in (machine.iomp, machine.tcmalloc) if path and path in preloaded]
+    absent = [
+        advice
+        for path, advice in (
+            (machine.iomp, "libiomp5.so (pip install intel-openmp)"),
+            (machine.tcmalloc, "tcmalloc (apt install libtcmalloc-minimal4)"),
+        )
+        if not path
+    ]
+    shown_cores = " | ".join(",".join(map(str, cores)) for cores in rank_cores)
+    return Plan(
+        rank_cores,
+        kv_cache_bytes,
+        use_compile,
+        lines=[
+            f"machine: {machine.name}; {', '.join(machine.isa) or 'no vector extension'}; "
+            f"{machine.memory_available / GIB:.1f} of {machine.memory_total / GIB:.1f} GiB free",
+            f"cores: {shown_cores} ({cores_reason})",
+            f"preload: {', '.join(libraries) or 'nothing'}"
+            + (f" (not installed: {', '.join(absent)})" if absent else ""),
+            f"KV cache: {kv_cache_bytes / GIB:.2f} GiB" + (" a rank" if num_ranks > 1 else "") + f" ({kv_reason})",
+            f"mode: {'torch.compile' if use_compile else 'eager'} ({compile_reason})",
+        ],
+    )
+
+
+def _choose_cores(machine: Machine, chosen: str | None, num_ranks: int) -> tuple[tuple[tuple[int, ...], ...], str]:
+    if chosen is not None:
+        groups = [_parse_cpu_list(part) for part in chosen.split("|")]
+        available = {cpu.id for cpu in machine.cpus}
+        if unknown := sorted({cpu for group in groups for cpu in group} - available):
+            raise EngineError(
+                f"--cores {chosen}: this process may not use CPU {unknown[0]}; it has {_ranges(available)}"
+            )
+        cores = [cpu for group in groups for cpu in group]
+        return tuple(groups) if len(groups) == num_ranks else _split(cores, num_ranks), "chosen with --cores"
+    by_node: dict[int, dict[tuple[int, int], int]] = defaultdict(dict)
+    for cpu in machine.cpus:
+        by_node[cpu.node].setdefault(cpu.core, cpu.id)  # one logical CPU for each physical core
+    nodes = [sorted(cores.values()) for _, cores in sorted(by_node.items())]
+    num_cores = sum(map(len, nodes))
+    reasons = [f"{num_cores} physical cores on {len(nodes)} NUMA node(s)"]
+    if len(nodes) >= num_ranks:
+        ranks = [nodes[rank] for rank in range(num_ranks)]
+        if len(nodes) > num_ranks:
+            reasons.append(f"one node a rank; --tensor-parallel-size {len(nodes)} would use all")
+    else:
+        ranks = [list(cores) for cores in _split([cpu for node in nodes for cpu in node], num_ranks)]
+    if machine.quota_cores is not None and machine.quota_cores < sum(map(len, ranks)):
+        share = max(1, int(machine.quota_cores / num_ranks))
+        ranks = [cores[:share] for cores in ranks]
+        reasons.append(f"the cgroup allows {machine.quota_cores:g} CPUs")
+    elif len(ranks[0]) >= MIN_CORES_TO_RESERVE_ONE:
+        ranks = [cores[:-1] for cores in ranks]
+        reasons.append("one spared for the server")
+    else:
+        reasons.append("all compute, the server shares them")
+    return tuple(tuple(cores) for cores in ranks), "; ".join(reasons)
+
+
+def _choose_kv_cache(
+    machine: Machine, options: WorkerOptions, model: ModelFacts, num_ranks: int, max_model_len: int | None
+) -> tuple[int, str]:
+    if options.kv_cache_gib is not None:
+        if options.kv_cache_gib <= 0:
+            raise EngineError("--kv-cache-gib must be above 0")
+        return int(options.kv_cache_gib * GIB), "chosen with --kv-cache-gib"
+    if model.weight_bytes is None or model.kv_bytes_per_token is None:
+        size = min(KV_CACHE_DEFAULT_BYTES, int(machine.memory_available * KV_CACHE_SHARE / 2)) // num_ranks
+        return size, "the model's size is not known yet; --kv-cache-gib changes it"
+    free = machine.memory_available - model.weight_bytes - PROCESS_MEMORY_BYTES
+    context = max_model_len or model.max_position or 2048
+    one_sequence = context * model.kv_bytes_per_token
+    size = min(int(free * KV_CACHE_SHARE), one_sequence * KV_CACHE_MAX_SEQUENCES)
+    size = max(min(size, machine.node_available - model.weight_bytes), min(size, one_sequence))
+    if size < one_sequence:
+        raise EngineError(
+            f"too little memory: {machine.memory_available / GIB:.1f} GiB free, "
+            f"{model.weight_bytes / GIB:.1f} GiB weights, {PROCESS_MEMORY_BYTES / GIB:.1f} GiB for the processes, "
+            f"and one sequence of {context} tokens needs "
+            f"{one_sequence / GIB:.2f} GiB of KV cache. Free memory, shorten --max-model-len, or set --kv-cache-gib."
+        )
+    tokens = size // model.kv_bytes_per_token
+    return size // num_ranks, (
+        f"{tokens} tokens, {tokens / context:.0f} sequences of {context}; "
+        f"{free / GIB:.1f} GiB are free after {model.weight_bytes / GIB:.1f} GiB of weights"
+    )
+
+
+def _choose_compile(options: WorkerOptions, model: ModelFacts) -> tuple[bool, str]:
+    if options.compile is not None:
+        return options.compile, "chosen with --compile" if options.compile else "chosen with --no-compile"
+    if model.weight_bytes is not None and model.weight_bytes < MIN_WEIGHT_BYTES_TO_COMPILE:
+        return False, f"{model.weight_bytes / (1 << 20):.0f} MiB of weights do not earn back the minute it takes"
+    return True, "faster steps for about a minute more at the first start; --no-compile starts at once"
+
+
+def _split(cores: Sequence[int], num_ranks: int) -> tuple[tuple[int, ...], ...]:
+    share = len(cores) // num_ranks
+    if share == 0:
+        return tuple((cores[rank % len(cores)],) for rank in range(num_ranks))
+    return tuple(tuple(cores[rank * share : (rank + 1) * share]) for rank in range(num_ranks))
+
+
+def _parse_cpu_list(text: str) -> tuple[int, ...]:
+    try:
+        cpus: list[int] = []
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            cpus.extend(range(int(first), int(last or first) + 1))
+    except ValueError:
+        cpus = []
+    if not cpus:
+        raise EngineError(f'--cores {text}: expected a list such as "0-7" or "0,2,4", with "|" between ranks')
+    return tuple(cpus)
+
+
+def _ranges(cpus: Iterable[int]) -> str:
+    return ",".join(map(str, sorted(cpus)))
+
+
+def _logical_cpus(root: Path, allowed: Iterable[int]) -> Iterable[LogicalCpu]:
+    nodes = {
+        int(cpu_link.name.removeprefix("cpu")): int(node.name.removeprefix("node"))
+        for node in (root / "sys/devices/system/node").glob("node[0-9]*")
+        for cpu_link in node.glob("cpu[0-9]*")
+    }
+    for cpu in sorted(allowed):
+        topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
+        try:
+            core = (int((topology / "physical_package_id").read_text()), int((topology / "core_id").read_text()))
+        except (OSError, ValueError):
+            core = (-1, cpu)  # some containers hide the topology: take each CPU for a core
+        yield LogicalCpu(cpu, core, nodes.get(cpu, 0))
+
+
+def _node_available(root: Path) -> Iterable[int]:
+    """Bytes that each NUMA node can still give, counted as vLLM counts them."""
+    for path in (root / "sys/devices/system/node").glob("node[0-9]*/meminfo"):
+        fields = {line.split()[2].rstrip(":"): int(line.split()[3]) for line in path.read_text().splitlines()}
+        yield 1024 * sum(fields[name] for name in ("MemFree", "Active(file)", "Inactive(file)", "SReclaimable"))
+
+
+def _cgroup_memory(root: Path) -> tuple[int | None, int]:
+    """Return (limit, used) in bytes of this process' cgroup, version 2 or 1; the limit is None where there is none."""
+    for limit_file, used_file in (
+        ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"),
+        ("sys/fs/cgroup/memory/memory.limit_in_bytes", "sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            return int((root / limit_file).read_text()), int((root / used_file).read_text())
+        except (OSError, ValueError):  # absent, or "max"
+            continue
+    return None, 0
+
+
+def _cgroup_cpu_quota(root: Path) -> float | None:
+    try:
+        quota, period = (root / "sys/fs/cgroup/cpu.max").read_text().split()
+        return int(quota) / int(period)
+    except (OSError, ValueError):  # absent, or "max 100000"
+        return None
+
+
+def _field(text: str, name: str) -> str:
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == name:
+            return value.strip()
+    return ""
+
+
+def _kib(meminfo: str, name: str) -> int:
+    return int(_field(meminfo, name).split()[0]) * 1024
+
+
+def _first(folder: Path, *patterns: str) -> str | None:
+    return next((str(path) for pattern in patterns for path in sorted(folder.glob(pattern))), None)

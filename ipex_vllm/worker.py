@@ -1,0 +1,211 @@
+"""A FastChat worker: `python -m ipex_vllm.worker --model-path X --device cpu`.
+
+Reads the options, chooses the settings for this machine, loads the engine, serves, registers with the controller, and
+on SIGTERM drains. vLLM spawns processes that import this module again, so importing it does nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import importlib
+import ipaddress
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import uvicorn
+
+from ipex_vllm import cpu
+from ipex_vllm.controller import ControllerClient
+from ipex_vllm.conversation import choose_chat_format
+from ipex_vllm.demo import resolve_model_path
+from ipex_vllm.engine import Engine, EngineError
+from ipex_vllm.options import (
+    OptionError,
+    Parser,
+    WorkerOptions,
+    add_options,
+    from_namespace,
+    layered_arguments,
+)
+from ipex_vllm.server import Slots, WorkerServer
+
+logger = logging.getLogger(__name__)
+
+# Engine modules import a model library's world, so they are named here and imported when chosen.
+ENGINES = {"vllm": "ipex_vllm.vllm_engine:VllmEngine", "ipex-llm": "ipex_vllm.ipex_llm_engine:IpexLlmEngine"}
+
+EXIT_USAGE = 2
+EXIT_ENGINE = 1
+STREAMS_END_TIMEOUT_S = 10.0  # for the error frames of requests that a dead engine left behind
+
+
+def main(arguments: Sequence[str] | None = None, engine: str | None = None) -> None:
+    """Run a worker and exit the process. `engine` is "module:Class"; by default --engine chooses it."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        sys.exit(run(sys.argv[1:] if arguments is None else arguments, engine))
+    except OptionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_ENGINE)
+
+
+def run(arguments: Sequence[str], engine: str | None) -> int:
+    """Serve until told to stop and return the exit status. Raises OptionError and EngineError."""
+    machine = cpu.Machine.probe()
+    early = make_parser(engine, add_help=False)
+    chosen, _ = early.parse_known_args(layered_arguments(early, arguments, ignore_unknown=True))
+    if chosen.preload and chosen.device == "cpu":
+        cpu.preload_and_reexecute(machine)
+
+    engine_class = load_engine(engine or ENGINES[chosen.engine])
+    parser = make_parser(engine)
+    engine_class.add_arguments(parser)
+    args = parser.parse_args(layered_arguments(parser, arguments))
+    args.model_path = resolve_model_path(args.model_path)
+    options: WorkerOptions = from_namespace(WorkerOptions, args)
+    plan = cpu.make_plan(
+        machine,
+        options,
+        cpu.ModelFacts.read(options.model_path),
+        num_ranks=getattr(args, "tensor_parallel_size", 1) * getattr(args, "pipeline_parallel_size", 1),
+        max_model_len=getattr(args, "max_model_len", None),
+    )
+    for line in plan.lines:
+        logger.info("%s", line)
+    if options.explain:
+        return 0
+    # Until the server runs, a signal ends the process wherever it is; exit handlers end the engine's processes.
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, lambda number, _: sys.exit(128 + number))
+    with listening_socket(options) as sock:
+        return asyncio.run(serve(engine_class, options, args, plan, sock))
+
+
+def make_parser(engine: str | None, add_help: bool = True) -> Parser:
+    """The worker's own options; an engine adds its own to it."""
+    parser = Parser(
+        prog="python -m ipex_vllm.worker", allow_abbrev=False, add_help=add_help, usage="%(prog)s [options]"
+    )
+    group = parser.add_argument_group("worker")
+    if engine is None:
+        group.add_argument("--engine", choices=ENGINES, default="vllm", help="what runs the model")
+    group.add_argument(
+        "--config", metavar="FILE.yaml", help="options as `name: value` lines; flags and IPEX_VLLM_* win"
+    )
+    add_options(group, WorkerOptions)
+    return parser
+
+
+def load_engine(location: str) -> type[Engine]:
+    """Import "module:Class". Raises EngineError when its model library is not installed."""
+    module_name, _, class_name = location.partition(":")
+    engine_class: type[Engine] = getattr(importlib.import_module(module_name), class_name)
+    return engine_class
+
+
+async def serve(
+    engine_class: type[Engine], options: WorkerOptions, args: argparse.Namespace, plan: cpu.Plan, sock: socket.socket
+) -> int:
+    """Load, listen, register; then wait for a signal or the engine's death. Returns the exit status."""
+    engine = await engine_class.start(options, args, plan)
+    try:
+        chat_format = choose_chat_format(engine.tokenizer, options.model_path, options.conv_template)
+        logger.info("conversation: %s", chat_format.source)
+        slots = Slots(options.limit_worker_concurrency, options.limit_worker_queue)
+        server = WorkerServer(engine, options.names, chat_format, slots, options.api_token, options.log_prompts)
+        http = HttpServer(uvicorn.Config(server.app, log_config=None, access_log=False, timeout_keep_alive=30))
+        http_task = asyncio.create_task(http.serve(sockets=[sock]))
+        while not http.started and not http_task.done():
+            await asyncio.sleep(0.01)
+        logger.info("ready: %s at %s, context of %d tokens", *options.names[:1], options.address, engine.context_length)
+        controller = ControllerClient(options.controller_address, options.address, server.status)
+        registration = asyncio.create_task(controller.run()) if not options.no_register else None
+        reason = await first_reason_to_stop(engine)
+
+        slots.is_closed = True
+        if registration is not None:
+            registration.cancel()
+            await controller.leave()
+        if reason is None:
+            await drain(slots, options.drain_timeout)
+        else:
+            logger.error("%s", reason)
+            await drain(slots, STREAMS_END_TIMEOUT_S)
+        http.should_exit = http.force_exit = True
+        await http_task
+    finally:
+        await engine.stop()
+    logger.info("stopped")
+    return 0 if reason is None else EXIT_ENGINE
+
+
+async def first_reason_to_stop(engine: Engine) -> str | None:
+    """Wait for a signal (None) or the engine's death (why)."""
+    signalled = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signal_number, signalled.set)
+    tasks: tuple[asyncio.Task[Any], ...] = (
+        asyncio.create_task(signalled.wait()),
+        asyncio.create_task(engine.wait_dead()),
+    )
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    reason = tasks[1].result() if tasks[1].done() else None
+    for task in tasks:
+        task.cancel()
+    return reason
+
+
+async def drain(slots: Slots, timeout_s: float) -> None:
+    """Wait until no request runs or waits, at most `timeout_s` seconds."""
+    logger.info("draining: %d requests", slots.queue_length)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            while slots.queue_length:
+                await asyncio.sleep(0.05)
+    if slots.queue_length:
+        logger.warning("%d requests were cut off after %g s", slots.queue_length, timeout_s)
+
+
+class HttpServer(uvicorn.Server):
+    """A uvicorn server that leaves signals to the worker, which drains first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextlib.contextmanager
+def listening_socket(options: WorkerOptions) -> Iterator[socket.socket]:
+    """Bind the port before the model loads: a port in use is told at once. Nothing listens on it yet."""
+    if not is_loopback(options.host) and options.api_token is None:
+        logger.warning("--host %s opens this worker to the network, and no --api-token guards it", options.host)
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((options.host, options.port))
+        except OSError as error:
+            raise OptionError(f"cannot listen on {options.host}:{options.port}: {error.strerror}") from error
+        yield sock
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+if __name__ == "__main__":
+    main()
