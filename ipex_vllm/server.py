@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ipex_vllm.conversation import ChatFormat
 from ipex_vllm.engine import Engine
+from ipex_vllm.metrics import exposition
 from ipex_vllm.protocol import (
     EmbeddingRequest,
     GenerateRequest,
@@ -55,7 +56,7 @@ class Slots:
 
     def __init__(self, limit: int, queue_limit: int) -> None:
         self._semaphore = asyncio.Semaphore(limit)
-        self._limit = limit
+        self.limit = limit
         self._queue_limit = queue_limit
         self.num_in_use = 0
         self.num_waiting = 0
@@ -68,7 +69,7 @@ class Slots:
             raise Overloaded("This worker is shutting down. Send the request again; another worker will take it.")
         if self._semaphore.locked() and self.num_waiting >= self._queue_limit:
             raise Overloaded(
-                f"{self._limit} requests are running and {self.num_waiting} are waiting, the most that this worker "
+                f"{self.limit} requests are running and {self.num_waiting} are waiting, the most that this worker "
                 "takes. Try again later."
             )
         self.num_waiting += 1
@@ -91,7 +92,7 @@ class Slots:
 
 @dataclass
 class Tally:
-    """What this server did since it started; `metrics.py` shows it to Prometheus."""
+    """What this server did since it started, for `metrics.py`."""
 
     finished: Counter[str] = field(default_factory=Counter)  # by finish reason
     errors: Counter[int] = field(default_factory=Counter)  # by error code
@@ -138,6 +139,7 @@ class WorkerServer:
         self.chat_format = chat_format
         self.slots = slots
         self.tally = Tally()
+        self.is_registered: Callable[[], bool] = lambda: True  # the worker knows, where there is a controller
         self._log_prompts = log_prompts
         self.app = FastAPI(title="ipex-vllm worker", docs_url=None, redoc_url=None, openapi_url=None)
         endpoints: dict[str, Callable[..., Coroutine[Any, Any, Response]]] = {
@@ -151,6 +153,9 @@ class WorkerServer:
         }
         for path, endpoint in endpoints.items():
             self.app.add_api_route(path, endpoint, methods=["POST"], response_model=None)
+        probes = {"/health": self.health, "/ready": self.ready, "/metrics": self.metrics}
+        for path, endpoint in probes.items():
+            self.app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
         self.app.add_exception_handler(WorkerError, self._on_worker_error)
         self.app.add_exception_handler(Exception, self._on_bug)
         if api_token:
@@ -203,7 +208,21 @@ class WorkerServer:
     async def model_details(self) -> Response:
         return JSONResponse({"context_length": self.engine.context_length})
 
+    async def health(self) -> Response:
+        return JSONResponse({"status": "live"})
+
+    async def ready(self) -> Response:
+        return JSONResponse({"ready": self.is_ready()}, 200 if self.is_ready() else 503)
+
+    async def metrics(self) -> Response:
+        content, content_type = exposition(self)
+        return Response(content, media_type=content_type)
+
     # The way of a request
+
+    def is_ready(self) -> bool:
+        """Registered and taking requests; the model is loaded before the server exists."""
+        return self.is_registered() and not self.slots.is_closed
 
     def status(self) -> dict[str, Any]:
         return {"model_names": list(self.names), "speed": 1, "queue_length": self.slots.queue_length}

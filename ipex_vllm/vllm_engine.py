@@ -86,14 +86,14 @@ class VllmEngine(Engine):
         return len(await self._encoder.encode(prompt))
 
     async def stream(self, request: GenerateRequest, request_id: str) -> AsyncGenerator[Delta, None]:
-        from vllm import TokensPrompt
+        from vllm.inputs.engine import tokens_input
 
         token_ids = await self._encoder.encode_for_generation(request.prompt)
         params = self._sampling_params(request, len(token_ids))
         started: set[int] = set()
         try:
             # Closing vLLM's generator is what aborts the request.
-            outputs = self._llm.generate(TokensPrompt(prompt_token_ids=token_ids), params, request_id)
+            outputs = self._llm.generate(tokens_input(token_ids), params, request_id)
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
                     for completion in output.outputs:
@@ -121,6 +121,8 @@ class VllmEngine(Engine):
         return "the vLLM engine process died; its own log lines above say why"
 
     async def stop(self) -> None:
+        if self._llm.output_handler is not None:  # it would report the engine's orderly end as a failure
+            self._llm.output_handler.cancel()
         # It joins the engine's processes, which takes a moment.
         await asyncio.to_thread(self._llm.shutdown)
 

@@ -33,6 +33,7 @@ from ipex_vllm.options import (
     from_namespace,
     layered_arguments,
 )
+from ipex_vllm.protocol import GenerateRequest
 from ipex_vllm.server import Slots, WorkerServer
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ STREAMS_END_TIMEOUT_S = 10.0  # for the error frames of requests that a dead eng
 def main(arguments: Sequence[str] | None = None, engine: str | None = None) -> None:
     """Run a worker and exit the process. `engine` is "module:Class"; by default --engine chooses it."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for chatty in ("httpx", "uvicorn"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         sys.exit(run(sys.argv[1:] if arguments is None else arguments, engine))
     except OptionError as error:
@@ -123,13 +125,17 @@ async def serve(
         logger.info("conversation: %s", chat_format.source)
         slots = Slots(options.limit_worker_concurrency, options.limit_worker_queue)
         server = WorkerServer(engine, options.names, chat_format, slots, options.api_token, options.log_prompts)
-        http = HttpServer(uvicorn.Config(server.app, log_config=None, access_log=False, timeout_keep_alive=30))
+        await warm_up(engine)
+        http = HttpServer(uvicorn.Config(server.app, log_config=None, access_log=False, lifespan="off"))
         http_task = asyncio.create_task(http.serve(sockets=[sock]))
         while not http.started and not http_task.done():
             await asyncio.sleep(0.01)
         logger.info("ready: %s at %s, context of %d tokens", *options.names[:1], options.address, engine.context_length)
         controller = ControllerClient(options.controller_address, options.address, server.status)
-        registration = asyncio.create_task(controller.run()) if not options.no_register else None
+        registration = None
+        if not options.no_register:
+            server.is_registered = lambda: controller.is_registered
+            registration = asyncio.create_task(controller.run())
         reason = await first_reason_to_stop(engine)
 
         slots.is_closed = True
@@ -147,6 +153,14 @@ async def serve(
         await engine.stop()
     logger.info("stopped")
     return 0 if reason is None else EXIT_ENGINE
+
+
+async def warm_up(engine: Engine) -> None:
+    """Generate once: an engine compiles some of its code at the first request, and no client should wait for that."""
+    request = GenerateRequest(prompt="Hello", max_new_tokens=4, temperature=1.0, seed=0, ignore_eos=True)
+    async with contextlib.aclosing(engine.stream(request, "warm-up")) as deltas:
+        async for _ in deltas:
+            pass
 
 
 async def first_reason_to_stop(engine: Engine) -> str | None:
