@@ -67,9 +67,7 @@ class WorkerOptions:
 
     @property
     def names(self) -> tuple[str, ...]:
-        if self.model_names:
-            return tuple(name.strip() for name in self.model_names.split(",") if name.strip())
-        return (Path(self.model_path).name or self.model_path,)
+        return tuple(name.strip() for name in (self.model_names or self.model_path).split(",") if name.strip())
 
     @property
     def address(self) -> str:
@@ -124,7 +122,7 @@ def layered_arguments(
     actions = {action.dest: action for action in parser._actions if action.option_strings}
     layered: list[str] = []
     if config_path:
-        for key, value in _read_config(config_path).items():
+        for key, value in read_config(config_path).items():
             action = actions.get(key.replace("-", "_"))
             if action is not None:
                 layered += _as_arguments(action, value)
@@ -137,7 +135,7 @@ def layered_arguments(
     return [*layered, *arguments]
 
 
-def _read_config(path: str) -> dict[str, Any]:
+def read_config(path: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -180,4 +178,4 @@ def _flag(name: str) -> str:
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)

@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -36,7 +37,7 @@ from ipex_vllm.options import (
 from ipex_vllm.protocol import GenerateRequest
 from ipex_vllm.server import Slots, WorkerServer
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ipex_vllm.worker")  # __name__ is "__main__" where it matters
 
 # Engine modules import a model library's world, so they are named here and imported when chosen.
 ENGINES = {"vllm": "ipex_vllm.vllm_engine:VllmEngine", "ipex-llm": "ipex_vllm.ipex_llm_engine:IpexLlmEngine"}
@@ -73,6 +74,8 @@ def run(arguments: Sequence[str], engine: str | None) -> int:
     parser = make_parser(engine)
     engine_class.add_arguments(parser)
     args = parser.parse_args(layered_arguments(parser, arguments))
+    if args.model_names is None:
+        args.model_names = Path(args.model_path).name
     args.model_path = resolve_model_path(args.model_path)
     options: WorkerOptions = from_namespace(WorkerOptions, args)
     plan = cpu.make_plan(
