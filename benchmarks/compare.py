@@ -1,0 +1,206 @@
+"""Compare systems on the same work at the same time.
+
+    python -m benchmarks.compare benchmarks/configs/smoke.yaml --out DIR
+
+Rounds visit the systems in turn, every second round in reverse order (A B B A ...). First the baseline is compared
+with a second copy of itself: that is the noise floor, inside which no winner is called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.findings import (
+    HEADER,
+    TWIN,
+    Findings,
+    Measurement,
+    Stage,
+    table_rows,
+    workload_title,
+    write_files,
+)
+from benchmarks.load import LoadOptions, Work, make_work
+from benchmarks.machine import describe_machine
+from benchmarks.measure import Run, Target, bound_of, measure
+from benchmarks.options import BenchmarkError, run_main
+from benchmarks.output import print_json_line, print_table
+from benchmarks.roofline import ModelShape, Peaks, peaks_in_subprocess
+from benchmarks.running import RunningSystem, split_cores
+from benchmarks.spec import Spec, SystemSpec
+from benchmarks.systems import launch
+from benchmarks.systems.base import ROOT, Absent, Launch
+from benchmarks.workload import PromptWriter
+from ipex_vllm.options import Parser
+
+PORTS_PER_SYSTEM = 4
+# Far from the rounds' seeds, which count up from the workload's.
+WARM_UP_SEED = 1_000_000
+log = Console(stderr=True, highlight=False)
+
+
+class Comparison:
+    """Runs a spec; what was measured so far is in `measurements`, also after an interrupt."""
+
+    def __init__(self, spec: Spec, logs: Path, server_cores: set[int]) -> None:
+        self.spec = spec
+        self.measurements: list[Measurement] = []
+        self.absent: dict[str, str] = {}
+        self.failed: dict[str, str] = {}
+        self.model = (ROOT / spec.model).resolve()
+        self._logs = logs
+        self._server_cores = server_cores
+        self._writer = PromptWriter(self.model)
+
+    def run(self) -> None:
+        """Measure the noise floor, then all systems.
+
+        A system that is absent or fails is noted and left out; for the baseline that is a BenchmarkError.
+        """
+        present = dict(self.spec.systems)
+        for name, system in self.spec.systems.items():
+            try:
+                self._launch(system, 0)
+            except Absent as absent:
+                self.absent[name] = str(absent)
+                del present[name]
+        baseline = self.spec.baseline
+        if baseline in self.absent:
+            raise BenchmarkError(f"baseline {baseline!r}: {self.absent[baseline]}")
+        self._stage("noise", {baseline: present[baseline], TWIN: present[baseline]})
+        self._stage("main", present)
+
+    def _stage(self, stage: Stage, systems: Mapping[str, SystemSpec]) -> None:
+        with contextlib.ExitStack() as stack:
+            names = list(systems)
+            residents: dict[str, RunningSystem] = {}
+            if self.spec.resident:
+                for name in names:
+                    with self._noting_failure(name):
+                        residents[name] = stack.enter_context(self._started(name, systems))
+                        self._warm_up(residents[name])
+                        residents[name].pause()
+            for round in range(self.spec.rounds):
+                for name in names if round % 2 == 0 else reversed(names):
+                    if name in self.failed:
+                        continue
+                    with self._noting_failure(name):
+                        if self.spec.resident:
+                            with residents[name].resumed():
+                                self._visit(stage, round, name, residents[name])
+                        else:
+                            with self._started(name, systems) as running:
+                                self._warm_up(running)
+                                self._visit(stage, round, name, running)
+
+    @contextlib.contextmanager
+    def _noting_failure(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except BenchmarkError as error:
+            if name in (self.spec.baseline, TWIN):
+                raise
+            log.print(f"{name} is left out: {error}", style="red")
+            self.failed[name] = str(error)
+
+    def _launch(self, system: SystemSpec, position: int) -> Launch:
+        port = self.spec.port + PORTS_PER_SYSTEM * position
+        return launch(system.system, self.model, port, shlex.split(system.flags))
+
+    def _started(self, name: str, systems: Mapping[str, SystemSpec]) -> RunningSystem:
+        log.print(f"starting {name}")
+        env = {key: str(value) for key, value in systems[name].env.items()}
+        how = self._launch(systems[name], list(systems).index(name))
+        return RunningSystem(how, self._logs / f"{name.replace(' ', '-')}.log", env, self._server_cores)
+
+    def work(self, workload: str, seed_offset: int) -> Work:
+        options = self.spec.workloads[workload]
+        return make_work(replace(options, seed=options.seed + seed_offset), self._writer)
+
+    def _warm_up(self, running: RunningSystem) -> None:
+        """Run each workload once and forget it: compilation, caches, the first touch of memory."""
+        for workload, options in self.spec.workloads.items():
+            self._run(running, self.work(workload, WARM_UP_SEED), options, f"warming up: {workload}")
+
+    def _visit(self, stage: Stage, round: int, name: str, running: RunningSystem) -> None:
+        for workload, options in self.spec.workloads.items():
+            # New prompts in every round, or a prefix cache would answer; the same ones for every system.
+            work = self.work(workload, round)
+            run = self._run(running, work, options, f"{stage} {round + 1}/{self.spec.rounds} {name}: {workload}")
+            self.measurements.append(Measurement(stage, round, name, workload, run))
+
+    def _run(self, running: RunningSystem, work: Work, options: LoadOptions, label: str) -> Run:
+        how = running.launch
+        target = Target(how.url, how.protocol, how.model, running.pids)
+        run = asyncio.run(measure(target, work, options, label))
+        if run.partial:
+            raise KeyboardInterrupt
+        return run
+
+    def report(self, peaks: Peaks | None) -> dict[str, Any]:
+        """The result of what was measured, as JSON has it."""
+        findings = Findings(self.spec, self.measurements)
+        bounds: dict[str, dict[str, float | None]] = {name: {} for name in self.spec.workloads}
+        if peaks:
+            shape = ModelShape.read(self.model)
+            for workload, options in self.spec.workloads.items():
+                work = self.work(workload, 0)
+                for name, system in self.spec.systems.items():
+                    bounds[workload][name] = bound_of(options, work, peaks, shape, system.format)
+        return {
+            "workloads": {name: findings.workload(name, bounds[name]) for name in self.spec.workloads},
+            "absent": self.absent,
+            "failed": self.failed,
+            "peaks": asdict(peaks) if peaks else None,
+        }
+
+
+def main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("spec", type=Path, help="YAML file; see benchmarks/configs/")
+    parser.add_argument("--out", type=Path, help="write JSON, CSV, Markdown, plots and logs into this directory")
+    args = parser.parse_args()
+    spec = Spec.read(args.spec)
+    logs = args.out or ROOT / ".cache" / "bench-logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    server_cores, client_cores = split_cores()
+    comparison = Comparison(spec, logs, server_cores)
+    machine = describe_machine()
+    peaks = peaks_in_subprocess() if spec.roofline else None
+    os.sched_setaffinity(0, client_cores)
+    partial = False
+    try:
+        comparison.run()
+    except KeyboardInterrupt:
+        partial = True
+    result = {
+        "kind": "compare",
+        "title": spec.title + (" (partial: interrupted)" if partial else ""),
+        "partial": partial,
+        "spec": asdict(spec),
+        "cores_pinned_apart": server_cores != client_cores,
+        **comparison.report(peaks),
+        "machine": machine,
+    }
+    if args.out:
+        write_files(args.out, result, comparison.measurements)
+    for name, workload in result["workloads"].items():
+        print_table(workload_title(name, workload), HEADER, table_rows(workload))
+    for name, why in {**comparison.absent, **comparison.failed}.items():
+        print(f"{name}: {why}")
+    print_json_line(result)
+    return 130 if partial else 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,77 @@
+"""One measured run: work, client, load generator, resource sampler and figures put together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks.arrivals import ClosedLoop
+from benchmarks.client import Client, Clock, HttpClient
+from benchmarks.load import Interrupted, LoadOptions, Work, run_load
+from benchmarks.metrics import Slo, Timeline, summarize
+from benchmarks.resources import ResourceSampler
+from benchmarks.roofline import FORMATS, ModelShape, Peaks, bound_tps
+from benchmarks.workload import Lengths
+
+
+@dataclass(frozen=True)
+class Target:
+    """A running server; `pids` are its processes' where they are known (their resources are then sampled)."""
+
+    url: str
+    protocol: str
+    model: str
+    pids: Sequence[int] = field(default_factory=tuple)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was measured. `partial` says that the user stopped it early."""
+
+    timelines: list[Timeline]
+    summary: dict[str, Any]
+    resources: dict[str, Any]
+    partial: bool
+
+
+async def measure(target: Target, work: Work, options: LoadOptions, label: str) -> Run:
+    """Put the work on a server; Ctrl-C ends the run early and returns what there is."""
+    async with HttpClient(target.url, target.protocol, target.model, options.timeout) as client:
+        return await measure_client(client, target.pids, work, options, label)
+
+
+async def measure_client(client: Client, pids: Sequence[int], work: Work, options: LoadOptions, label: str) -> Run:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[last]}")
+    # Drawn four times a second on stderr: often enough to watch, too seldom to weigh on a shared core.
+    bar = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), refresh_per_second=4, transient=True)
+    total = sum(len(session.turns) for session in work.sessions)
+    task = bar.add_task(label, total=total, last="")
+
+    def progress(timeline: Timeline) -> None:
+        bar.update(task, advance=1, last="" if timeline.error is None else f"[red]{timeline.error[:60]}")
+
+    partial = False
+    with bar:
+        async with ResourceSampler(pids) as sampler:
+            try:
+                timelines = await run_load(work, client, Clock(), progress)
+            except Interrupted as interrupted:
+                timelines, partial = interrupted.timelines, True
+    return Run(timelines, summarize(timelines, Slo.parse(options.slo)), sampler.report(), partial)
+
+
+def bound_of(options: LoadOptions, work: Work, peaks: Peaks, shape: ModelShape, format: str) -> float | None:
+    """The roofline of this load in output tokens/s, or None where the formula does not hold.
+
+    It holds for single turns of fixed lengths from a closed loop, without a shared prefix.
+    """
+    prompt, output = Lengths.parse(options.prompt), Lengths.parse(options.output)
+    is_plain = options.dataset is None and options.turns == 1 and options.prefix == 0
+    if not is_plain or {prompt.kind, output.kind} != {"fixed"} or not isinstance(work.arrivals, ClosedLoop):
+        return None
+    lengths = int(prompt.parameters[0]), int(output.parameters[0])
+    return bound_tps(peaks, shape, FORMATS[format], work.arrivals.concurrency, *lengths)

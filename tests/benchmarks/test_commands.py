@@ -1,0 +1,214 @@
+"""The commands, from end to end, on fake servers in processes of their own."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from benchmarks.options import BenchmarkError
+from benchmarks.running import RunningSystem
+from benchmarks.systems import launch
+
+ROOT = Path(__file__).parents[2]
+FAKE = f"{sys.executable} -m tests.benchmarks.fake_server"
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def bench(*arguments: object, wait: bool = True) -> Any:
+    command = [sys.executable, "-m", *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    return subprocess.run(command, **pipes) if wait else subprocess.Popen(command, **pipes)  # type: ignore[call-overload]
+
+
+def running_fake(model: Path, tmp_path: Path, token_s: float = 0.0) -> RunningSystem:
+    flags = ["fastchat", *FAKE.split(), "{port}", str(token_s)]
+    return RunningSystem(
+        launch("command", model, free_port(), flags), tmp_path / "fake.log", {}, os.sched_getaffinity(0)
+    )
+
+
+def write_spec(path: Path, model: Path, systems: dict[str, str], **changes: Any) -> Path:
+    """A spec of fake systems, each given by the protocol and the seconds per token."""
+    entries = {
+        name: {"system": "command", "format": "bf16", "flags": f"{kind.split()[0]} {FAKE} {{port}} {kind.split()[1]}"}
+        for name, kind in systems.items()
+    }
+    spec = {
+        "title": "Fakes",
+        "model": str(model),
+        "baseline": next(iter(systems)),
+        "systems": entries,
+        "load": {"prompt": 8, "output": 4},
+        "workloads": {"c2": {"arrivals": "closed:2", "requests": 4}},
+        "rounds": 3,
+        "roofline": False,
+        "port": free_port(),
+    }
+    path.write_text(yaml.safe_dump(spec | changes))
+    return path
+
+
+def wait_until(is_true: Callable[[], object]) -> None:
+    while not is_true():
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_compare(model: Path, tmp_path: Path, resident: bool) -> None:
+    systems = {"quick": "fastchat 0.002", "slow": "openai 0.02", "broken": "openai nonsense"}
+    spec = write_spec(tmp_path / "spec.yaml", model, systems, resident=resident)
+    done = bench("benchmarks.compare", spec, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    figures = result["workloads"]["c2"]["systems"]
+    assert list(figures) == ["quick", "slow"]
+    assert len(figures["slow"]["metrics"]["output_tps"]["values"]) == 3
+    assert figures["slow"]["metrics"]["output_tps"]["ratio_to_baseline"]["pairs"] == 3
+    assert figures["slow"]["greedy_agreement_with_baseline"] == 1.0
+    assert result["workloads"]["c2"]["noise_floor"]["output_tps"] > 0
+    assert "the server ended with status 1" in result["failed"]["broken"]
+    assert "ValueError" in result["failed"]["broken"]
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"result.json", "summary.md", "requests-slow-c2.csv", "ratios-c2.png", "throughput.svg"} <= written
+
+    page = bench("benchmarks.report", tmp_path / "out")
+    assert page.returncode == 0, page.stderr
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert html.count("<svg") == 2
+    assert "<td>slow</td>" in html
+    assert "http-equiv" not in html
+    assert "src=" not in html
+
+
+def test_an_absent_system_is_said_and_left_out(model: Path, tmp_path: Path) -> None:
+    spec = write_spec(tmp_path / "spec.yaml", model, {"quick": "fastchat 0"}, rounds=2)
+    content = yaml.safe_load(spec.read_text())
+    content["systems"]["absent"] = {"system": "llama_cpp", "format": "q4_0"}
+    spec.write_text(yaml.safe_dump(content))
+    done = bench("benchmarks.compare", spec)
+    assert done.returncode == 0, done.stderr
+    assert "absent: not installed: set LLAMA_SERVER" in done.stdout
+
+
+def test_an_interrupted_comparison_writes_what_it_has(model: Path, tmp_path: Path) -> None:
+    spec = write_spec(tmp_path / "spec.yaml", model, {"quick": "fastchat 0.002", "slow": "fastchat 0.01"}, rounds=500)
+    process = bench("benchmarks.compare", spec, "--out", tmp_path / "out", wait=False)
+    wait_until((tmp_path / "out" / "baseline-again.log").exists)
+    time.sleep(1)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert json.loads(stdout.splitlines()[-1])["partial"] is True
+    assert "partial" in (tmp_path / "out" / "summary.md").read_text()
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_serve(model: Path, tmp_path: Path) -> None:
+    with running_fake(model, tmp_path, 0.001) as fake:
+        done = bench(
+            "benchmarks.serve", "--url", fake.launch.url, "--model-path", model, "--prompt", 8, "--output", 4,
+            "--arrivals", "poisson:100", "--requests", 6, "--warmup", 2, "--cooldown", 2, "--slo", "ttft:5",
+            "--out", tmp_path / "out",
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "10 ok, 0 failed, 0 incomplete" in done.stdout
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["summary"]["requests"]["measured"] == 6
+    assert result["resources"]["server"]["rss_peak_bytes"] > 0
+    with (tmp_path / "out" / "requests.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["phase"] for row in rows] == ["warmup"] * 2 + ["measured"] * 6 + ["cooldown"] * 2
+    assert {row["output_tokens"] for row in rows} == {"4"}
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {
+        "result.json", "requests.csv", "summary.md", "latency.png", "latency.svg", "timeline.png", "timeline.svg",
+    }  # fmt: skip
+
+
+def test_an_interrupted_run_writes_what_it_has(model: Path, tmp_path: Path) -> None:
+    with running_fake(model, tmp_path, 0.01) as fake:
+        process = bench(
+            "benchmarks.serve", "--url", fake.launch.url, "--model-path", model, "--prompt", 8, "--output", 4,
+            "--requests", 2000, "--out", tmp_path / "out", wait=False,
+        )  # fmt: skip
+        wait_until(psutil.Process(process.pid).net_connections)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    result = json.loads(stdout.splitlines()[-1])
+    assert result["partial"] is True
+    assert result["summary"]["requests"]["ok"] > 0
+    assert (tmp_path / "out" / "requests.csv").exists()
+
+
+def test_sweep(model: Path, tmp_path: Path) -> None:
+    with running_fake(model, tmp_path, 0.005) as fake:
+        done = bench(
+            "benchmarks.sweep", "--url", fake.launch.url, "--model-path", model, "--prompt", 8, "--output", 4,
+            "--requests", 6, "--max-levels", 3, "--out", tmp_path / "out",
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert [level["level"] for level in result["levels"]] == [1, 2, 4]
+    assert result["saturated"] is False
+    assert result["knee"] in (1, 2, 4)
+    assert (tmp_path / "out" / "sweep.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["benchmarks.serve", "--url", "http://127.0.0.1:9", "--model-path", "MODEL"], "no fastchat server answers"),
+        (["benchmarks.serve", "--url", "http://127.0.0.1:9", "--model-path", "."], "tokenizer.json not found"),
+        (["benchmarks.serve"], "required: --url, --model-path"),
+        (["benchmarks.sweep", "--url", "u", "--model-path", "MODEL", "--start", "0.5"], "whole number of users"),
+        (["benchmarks.compare", "/no/such.yaml"], "No such file"),
+        (["benchmarks.report", "/no/such"], "holds no result"),
+    ],
+)
+def test_mistakes_are_one_line(model: Path, arguments: list[str], complaint: str) -> None:
+    done = bench(*(str(model) if argument == "MODEL" else argument for argument in arguments))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert complaint in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_paused_system_uses_no_cpu_and_goes_on_afterwards(model: Path, tmp_path: Path) -> None:
+    with running_fake(model, tmp_path) as fake:
+        (pid,) = fake.pids
+        fake.pause()
+        wait_until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+        with fake.resumed():
+            wait_until(lambda: psutil.Process(pid).status() != psutil.STATUS_STOPPED)
+        wait_until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    assert not psutil.pid_exists(pid)
+
+
+def test_a_server_that_dies_at_start_says_why(model: Path, tmp_path: Path) -> None:
+    system = launch("command", model, free_port(), ["openai", "sh", "-c", "echo no such weights; exit 3"])
+    with (
+        pytest.raises(BenchmarkError, match=r"ended with status 3; .*ends: no such weights"),
+        RunningSystem(system, tmp_path / "log", {}, os.sched_getaffinity(0)),
+    ):
+        pass

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.arrivals import ClosedLoop
+from benchmarks.load import LoadOptions, make_work
+from benchmarks.measure import bound_of
+from benchmarks.options import BenchmarkError
+from benchmarks.roofline import FORMATS, Format, ModelShape, Peaks, bound_tps
+from benchmarks.workload import PromptWriter
+
+# 100 weights in the body, 20 in the head, KV cache of 2*1*3*2 = 12 bytes a token, attention 4*1*5 = 20 operations.
+SHAPE = ModelShape(body_weights=100, head_weights=20, num_layers=1, attention_width=5, kv_width=3)
+BYTES = Format(bits=8, head_bits=16, compute="int8")  # 140 bytes of weights
+
+
+def peaks(read: float, ops: float) -> Peaks:
+    return Peaks(read_bytes_per_s=read, fp32_ops_per_s=ops, bf16_ops_per_s=ops / 2, int8_ops_per_s=ops)
+
+
+def test_bound_by_memory() -> None:
+    """Prefill reads 140 bytes; the second token 140 and a cache of 3 tokens for each of 2 requests."""
+    assert bound_tps(peaks(1.0, 1e9), SHAPE, BYTES, 2, 2, 2) == pytest.approx(4 / (140 + 140 + 2 * 3 * 12))
+
+
+def test_bound_by_arithmetic() -> None:
+    """Per request: prefill 2*100*2 + 2*20 + 20*(1+2), the second token 2*100 + 2*20 + 20*3."""
+    prefill, decode = 400 + 40 + 60, 200 + 40 + 60
+    assert bound_tps(peaks(1e9, 1.0), SHAPE, BYTES, 2, 2, 2) == pytest.approx(4 / (2 * (prefill + decode)), rel=1e-4)
+
+
+def test_each_step_is_bound_by_what_is_slower_for_it() -> None:
+    both = bound_tps(peaks(1.0, 5.0), SHAPE, BYTES, 1, 2, 2)
+    assert both == pytest.approx(2 / (max(140, 500 / 5) + max(140 + 36, 300 / 5)))
+
+
+def test_floats_compute_at_the_faster_of_fp32_and_bf16() -> None:
+    assert Peaks(1, 10, 3, 99).ops_per_s("float") == 10
+    assert Peaks(1, 3, 10, 99).ops_per_s("float") == 10
+    assert Peaks(1, 3, 10, 99).ops_per_s("int8") == 99
+
+
+def test_shape_of_a_config(model: Path) -> None:
+    """Hidden 64, heads of 16: attention 2*64*64 + 2*64*32, MLP 3*64*128, two layers; head 64*512."""
+    assert ModelShape.read(model) == ModelShape(2 * (12288 + 24576), 32768, 2, 64, 32)
+
+
+def test_a_model_of_another_kind_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(BenchmarkError, match="no roofline for this model"):
+        ModelShape.read(tmp_path)
+
+
+def test_no_bound_where_the_formula_does_not_hold(writer: PromptWriter) -> None:
+    plain = LoadOptions(prompt="8", output="4", arrivals="closed:2", requests=2)
+    work = make_work(plain, writer)
+    assert work.arrivals == ClosedLoop(2)
+    expected = bound_tps(peaks(1.0, 5.0), SHAPE, FORMATS["bf16"], 2, 8, 4)
+    assert bound_of(plain, work, peaks(1.0, 5.0), SHAPE, "bf16") == expected
+    for changed in (
+        LoadOptions(prompt="uniform:4:8", output="4", arrivals="closed:2", requests=2),
+        LoadOptions(prompt="8", output="4", arrivals="poisson:2", requests=2),
+        LoadOptions(prompt="8", output="4", arrivals="closed:2", requests=2, turns=2),
+        LoadOptions(prompt="8", output="4", arrivals="closed:2", requests=2, prefix=4),
+    ):
+        assert bound_of(changed, make_work(changed, writer), peaks(1.0, 5.0), SHAPE, "bf16") is None

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from benchmarks.load import LoadOptions, make_work
+from benchmarks.options import BenchmarkError
+from benchmarks.spec import Spec
+from benchmarks.systems import launch, system_names
+from benchmarks.systems.base import Absent
+from benchmarks.workload import PromptWriter
+
+CONFIGS = sorted((Path(__file__).parents[2] / "benchmarks" / "configs").glob("*.yaml"))
+GOOD: dict[str, Any] = {
+    "title": "t",
+    "model": "m",
+    "baseline": "a",
+    "systems": {"a": {"system": "command", "format": "bf16"}},
+    "load": {"prompt": 32},
+    "workloads": {"one": {"arrivals": "closed:1"}, "two": None},
+}
+
+
+def read(tmp_path: Path, **changes: Any) -> Spec:
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump(GOOD | changes))
+    return Spec.read(path)
+
+
+def test_workloads_add_to_the_common_load(tmp_path: Path) -> None:
+    spec = read(tmp_path, load={"prompt": 32, "timeout": 5})
+    assert spec.workloads["one"] == LoadOptions(prompt="32", timeout=5.0, arrivals="closed:1")
+    assert spec.workloads["two"] == LoadOptions(prompt="32", timeout=5.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"colour": 1}, "there is no option 'colour'"),
+        ({"systems": {}}, "systems: name at least one"),
+        ({"systems": {"a": {"system": "command"}}}, "systems: a: option 'format' is missing"),
+        ({"systems": {"a": {"system": "command", "format": "int3"}}}, "systems: a: format must be one of"),
+        ({"systems": {"a": 3}}, "systems: a: expected lines of the form"),
+        ({"workloads": {"one": {"promt": 3}}}, "workloads: one: there is no option 'promt'"),
+        ({"load": {"requests": "many"}}, "workloads: one: requests must be of type int, got 'many'"),
+        ({"load": {"ignore_eos": 1}}, "ignore_eos must be of type bool"),
+        ({"baseline": "b"}, "baseline 'b' is none of the systems a"),
+        ({"rounds": 1}, "rounds must be at least 2"),
+        ({"rounds": True}, "rounds must be of type int"),
+        ({"metrics": ["speed"]}, "metric 'speed' is none of"),
+    ],
+)
+def test_bad_specs_are_one_line(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(BenchmarkError, match=complaint) as raised:
+        read(tmp_path, **changes)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_key_and_broken_yaml_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in GOOD.items() if key != "title"}))
+    with pytest.raises(BenchmarkError, match="option 'title' is missing"):
+        Spec.read(path)
+    path.write_text("a: [")
+    with pytest.raises(BenchmarkError, match=r"spec\.yaml: ") as raised:
+        Spec.read(path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_project_s_own_specs_are_good(path: Path, writer: PromptWriter, tmp_path: Path) -> None:
+    spec = Spec.read(path)
+    for options in spec.workloads.values():
+        make_work(options, writer)
+    for system in spec.systems.values():
+        assert system.system in system_names()
+
+
+def test_systems_say_how_they_are_started(model: Path) -> None:
+    ours = launch("ipex_vllm_worker", model, 7000, ["--low-bit", "sym_int4"])
+    assert (ours.url, ours.protocol, ours.model) == ("http://127.0.0.1:7000", "fastchat", model.name)
+    assert "--low-bit" in ours.commands[0].argv
+    chain = launch("fastchat_chain", model, 7000, [])
+    assert len(chain.commands) == 3
+    assert (chain.url, chain.protocol) == ("http://127.0.0.1:7000", "openai")
+
+
+def test_an_unknown_system_and_an_absent_one(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BenchmarkError, match="system 'x': expected one of"):
+        launch("x", model, 7000, [])
+    monkeypatch.delenv("LLAMA_SERVER", raising=False)
+    with pytest.raises(Absent, match="set LLAMA_SERVER"):
+        launch("llama_cpp", model, 7000, [])
+    with pytest.raises(BenchmarkError, match="system 'command' needs flags"):
+        launch("command", model, 7000, ["grpc", "x"])
