@@ -1,0 +1,70 @@
+#include "w4a8.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+
+using namespace w4a8;
+
+namespace {
+
+struct Free {
+    void operator()(void *p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<char, Free>;
+
+int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+const Kernel &kernel(Isa isa) {
+    return isa == kAvx512Vnni ? kAvx512VnniKernel : isa == kAvxVnni ? kAvxVnniKernel : kAvx2Kernel;
+}
+
+} // namespace
+
+int32_t w4a8_isa() {
+    // AVX2 machines without FMA or F16C (VIA, some virtual CPU models) exist; AVX-512 ones do not.
+    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl"))
+        return kAvx512Vnni;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
+        return kNone;
+    return __builtin_cpu_supports("avxvnni") ? kAvxVnni : kAvx2;
+}
+
+int32_t w4a8_linear(const void *x, const void *packed, const void *bias, void *out, int64_t rows, int64_t outputs,
+                    int64_t inputs, int64_t group, int32_t symmetric, int32_t dtype, int32_t bias_dtype, int32_t isa,
+                    int32_t threads) {
+    const Kernel &k = kernel(Isa(isa));
+    const Weights weights{static_cast<const uint8_t *>(packed), outputs, inputs, group, symmetric != 0};
+    const Output output{out, DType(dtype), bias, DType(bias_dtype)};
+
+    const int64_t stride = inputs + kRowPadding;
+    const int64_t codes_bytes = aligned(rows * stride), scales_bytes = aligned(rows * 4);
+    const Buffer buffer(static_cast<char *>(
+        std::aligned_alloc(64, codes_bytes + scales_bytes + aligned(rows * weights.groups() * 4))));
+    if (!buffer) return -1;
+    const Activations activations{reinterpret_cast<int8_t *>(buffer.get()),
+                                  reinterpret_cast<float *>(buffer.get() + codes_bytes),
+                                  buffer.get() + codes_bytes + scales_bytes, stride, weights.groups()};
+
+    const int64_t panels = (rows + kMaxPanelRows - 1) / kMaxPanelRows;
+    const int64_t tasks = panels * weights.tiles();
+    std::atomic<int64_t> next_row{0}, next_task{0};
+    // Work is handed out piece by piece: one core of a small machine is often busy with something else.
+    // A result never depends on which thread computed it, nor on what else was in the batch.
+#pragma omp parallel num_threads(threads)
+    {
+        for (int64_t row; (row = next_row.fetch_add(1, std::memory_order_relaxed)) < rows;)
+            k.quantize(x, output.dtype, weights, activations, row);
+#pragma omp barrier
+        for (int64_t task; (task = next_task.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+            const int64_t panel = task / weights.tiles();
+            k.multiply(weights, activations, output, task % weights.tiles(), panel * kMaxPanelRows,
+                       std::min(rows, (panel + 1) * kMaxPanelRows));
+        }
+    }
+    return 0;
+}

@@ -1,0 +1,208 @@
+"""int4 weights times int8 activations (W4A8) on x86 CPUs: packing, and the torch operator over the native kernel.
+
+The kernel is a small C++ library with a plain C interface (`csrc/`), built with the package. How it works, and
+the packed layout drawn, is in `docs/kernels.md`.
+"""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LIBRARY = Path(__file__).with_name("libw4a8.so")
+GROUP_SIZES = (32, 64, 128)
+TILE_OUTPUTS = 32
+TERM_BYTES = 2 * TILE_OUTPUTS
+
+ISAS = {1: "avx2", 2: "avx_vnni", 3: "avx512_vnni"}
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def unavailable_reason() -> str | None:
+    """Say in one sentence why the kernel cannot run here; None when it can."""
+    if not LIBRARY.exists():
+        return "the int4 kernel was not built: install a C++ compiler (g++) and reinstall ipex-vllm from source"
+    try:
+        detected = _library().w4a8_isa()
+    except OSError as error:
+        return f"the int4 kernel does not load, reinstall ipex-vllm from source: {error}"
+    return None if detected in ISAS else "the int4 kernel needs a CPU with AVX2, FMA and F16C"
+
+
+def isa() -> str:
+    """The instruction set the kernel uses on this CPU: "avx512_vnni", "avx_vnni" or "avx2".
+
+    Raises:
+        RuntimeError: the kernel cannot run here.
+    """
+    return ISAS[_detected_isa()]
+
+
+def pack(codes: Tensor, scales: Tensor, mins: Tensor | None) -> Tensor:
+    """Put int4 weights into the kernel's layout, one contiguous tensor that can be a parameter.
+
+    A weight is `scale * code + min`. Scales and minima are kept as float16, as ggml does: exact for ggml's q4_0
+    and q4_1 and for float16 checkpoints, and rounded by at most 1 part in 2048 otherwise.
+
+    Args:
+        codes: uint8 [N, K], values 0 to 15.
+        scales: float32 [N, K // group], group 32, 64 or 128.
+        mins: float32 [N, K // group], `-zero_point * scale` for integer zero points; None means `-8 * scale`,
+            which the kernel computes in integers.
+
+    Returns:
+        uint8 [packed bytes], for `linear` and `unpack`.
+
+    Raises:
+        ValueError: the shapes do not fit each other, the group is not one of the three, or a scale or minimum is
+            not finite in float16.
+    """
+    outputs, inputs = codes.shape
+    groups = scales.shape[-1]
+    group = inputs // groups if groups else 0
+    if scales.shape != (outputs, groups) or group * groups != inputs or group not in GROUP_SIZES:
+        raise ValueError(
+            f"int4 weights {tuple(codes.shape)} with scales {tuple(scales.shape)}: K must be 32, 64 or 128 times "
+            "the number of groups"
+        )
+    if mins is not None and mins.shape != scales.shape:
+        raise ValueError(f"int4 minima {tuple(mins.shape)} must have the shape of the scales {tuple(scales.shape)}")
+
+    tiles = -(-outputs // TILE_OUTPUTS)
+    padding = tiles * TILE_OUTPUTS - outputs
+    # [tile, half, lane, group, line, byte] -> [tile, group, line, half, lane, byte]
+    lines = torch.nn.functional.pad(codes, (0, 0, 0, padding)).view(tiles, 2, 16, groups, group // 4, 4)
+    lines = lines.permute(0, 3, 4, 1, 2, 5)
+    nibbles = (lines[:, :, :, 0] | (lines[:, :, :, 1] << 4)).reshape(tiles, groups, -1)
+    terms = [_term_bytes(term, padding) for term in (scales, mins) if term is not None]
+    return torch.cat([*terms, nibbles], dim=-1).flatten()
+
+
+def _term_bytes(term: Tensor, padding: int) -> Tensor:
+    """[N, groups] -> uint8 [tiles, groups, 64]: one float16 for each output of a tile."""
+    halves = term.to(torch.float16)
+    if not halves.isfinite().all():
+        raise ValueError("int4 scales and minima must be finite and below 65504 to be kept as float16")
+    halves = torch.nn.functional.pad(halves, (0, 0, 0, padding))
+    return halves.view(-1, TILE_OUTPUTS, halves.shape[1]).transpose(1, 2).contiguous().view(torch.uint8)
+
+
+def unpack(packed: Tensor, out_features: int, group_size: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The inverse of `pack`: codes uint8 [N, K], scales float32 [N, K // group], mins likewise or None."""
+    tiles = -(-out_features // TILE_OUTPUTS)
+    terms = 1 if symmetric else 2
+    blocks = packed.view(tiles, -1, terms * TERM_BYTES + group_size * TILE_OUTPUTS // 2)
+    groups = blocks.shape[1]
+    nibbles = blocks[:, :, terms * TERM_BYTES :].reshape(tiles, groups, group_size // 4, 16, 4)
+    lines = torch.stack([nibbles & 15, nibbles >> 4], dim=3)
+    codes = lines.permute(0, 3, 4, 1, 2, 5).reshape(tiles * TILE_OUTPUTS, groups * group_size)
+    halves = blocks[:, :, : terms * TERM_BYTES].contiguous().view(torch.float16)
+    values = halves.view(tiles, groups, terms, TILE_OUTPUTS).permute(2, 0, 3, 1).float()
+    values = values.reshape(terms, tiles * TILE_OUTPUTS, groups)[:, :out_features]
+    return codes[:out_features].contiguous(), values[0].contiguous(), None if symmetric else values[1].contiguous()
+
+
+def packed_bytes(out_features: int, in_features: int, group_size: int, symmetric: bool) -> int:
+    """The size of `pack`'s result in bytes."""
+    block = (1 if symmetric else 2) * TERM_BYTES + group_size * TILE_OUTPUTS // 2
+    return -(-out_features // TILE_OUTPUTS) * (in_features // group_size) * block
+
+
+def linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, group_size: int, symmetric: bool
+) -> Tensor:
+    """`x @ weight.T + bias` with the weights of `pack`, through the torch operator `ipex_vllm::w4a8_linear`.
+
+    Each row of x is rounded to int8 with one scale, max|x| / 127; products are summed in int32 within a group, and
+    over the groups in float32. A row's result does not depend on the other rows, the number of threads or the
+    instruction set.
+
+    Args:
+        x: float32, float16 or bfloat16 [..., K].
+        packed: uint8, from `pack`.
+        bias: float32 or x's dtype [N], or None.
+
+    Returns:
+        [..., N] of x's dtype.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+        RuntimeError: the kernel cannot run here.
+    """
+    return torch.ops.ipex_vllm.w4a8_linear(x, packed, bias, out_features, group_size, symmetric)  # type: ignore[no-any-return]
+
+
+def linear_with_isa(
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, group_size: int, symmetric: bool, isa: int
+) -> Tensor:
+    """`linear`, computed with one instruction set of `ISAS`, which this CPU must have."""
+    in_features = x.shape[-1]
+    rows = x.numel() // in_features
+    if x.dtype not in DTYPES or (bias is not None and bias.dtype not in (x.dtype, torch.float32)):
+        raise ValueError(f"int4 linear takes float32, float16 or bfloat16, and a bias of that dtype, not {x.dtype}")
+    if group_size not in GROUP_SIZES or packed.numel() != packed_bytes(
+        out_features, in_features, group_size, symmetric
+    ):
+        raise ValueError(f"int4 weights of {packed.numel()} bytes are not [{out_features}, {in_features}]")
+    if bias is not None and bias.numel() != out_features:
+        raise ValueError(f"int4 linear has {out_features} outputs but a bias of {bias.numel()}")
+    x = x.contiguous()
+    out = x.new_empty((*x.shape[:-1], out_features))
+    status = _library().w4a8_linear(
+        x.data_ptr(),
+        packed.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        rows,
+        out_features,
+        in_features,
+        group_size,
+        symmetric,
+        DTYPES[x.dtype],
+        0 if bias is None else DTYPES[bias.dtype],
+        isa,
+        torch.get_num_threads(),
+    )
+    if status:
+        raise MemoryError(f"no memory for {rows} quantized rows of {in_features}")
+    return out
+
+
+def _linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, group_size: int, symmetric: bool
+) -> Tensor:
+    return linear_with_isa(x, packed, bias, out_features, group_size, symmetric, _detected_isa())
+
+
+def _linear_shape(
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, group_size: int, symmetric: bool
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    # The library names no OpenMP runtime of its own: its symbols resolve to the one torch has brought into the
+    # process (or the one preloaded before it), so that there is one pool of threads.
+    library = ctypes.CDLL(str(LIBRARY))
+    pointer, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    library.w4a8_linear.argtypes = [pointer] * 4 + [size] * 4 + [flag] * 5
+    return library
+
+
+@cache
+def _detected_isa() -> int:
+    if reason := unavailable_reason():
+        raise RuntimeError(reason)
+    return int(_library().w4a8_isa())
+
+
+# Registered at this level rather than with torch.library.custom_op, whose wrapper costs as much as a small layer.
+torch.library.define(
+    "ipex_vllm::w4a8_linear",
+    "(Tensor x, Tensor packed, Tensor? bias, SymInt out_features, SymInt group_size, bool symmetric) -> Tensor",
+)
+torch.library.impl("ipex_vllm::w4a8_linear", "CPU", _linear)
+torch.library.register_fake("ipex_vllm::w4a8_linear", _linear_shape)

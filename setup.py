@@ -1,0 +1,49 @@
+"""Builds the native int4 kernel into the package; everything else about the package is in pyproject.toml.
+
+Without a C++ compiler the package still installs, and `ipex_vllm.low_bit.w4a8.unavailable_reason()` says so.
+"""
+
+import platform
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path("ipex_vllm/low_bit/csrc")
+
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
+# GCC 12 warns about its own AVX-512 headers, which leave a register undefined on purpose.
+FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+# Each file is compiled for the machine that its kernel is for; which one runs is decided at run time.
+SOURCES = {
+    CSRC / "w4a8.cpp": [],
+    CSRC / "avx2.cpp": AVX2,
+    CSRC / "avx_vnni.cpp": [*AVX2, "-mavxvnni"],
+    CSRC / "avx512_vnni.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"],
+}
+
+
+class BuildKernel(build_ext):
+    """Compiles a plain shared library: no Python in it, and so no Python version in its name."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split("."))) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        objects = []
+        for source, flags in SOURCES.items():
+            objects += self.compiler.compile([str(source)], self.build_temp, extra_postargs=FLAGS + flags)
+        # No -fopenmp here: the library has to use the OpenMP runtime that torch brings, not one of its own.
+        self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name), target_lang="c++")
+
+
+kernel = Extension(
+    "ipex_vllm.low_bit.libw4a8",
+    sources=[str(source) for source in SOURCES],
+    depends=[str(header) for header in sorted(CSRC.glob("*.h"))],
+    optional=True,
+)
+
+is_x86_linux = platform.system() == "Linux" and platform.machine() == "x86_64"
+setup(ext_modules=[kernel] if is_x86_linux else [], cmdclass={"build_ext": BuildKernel})
