@@ -46,6 +46,8 @@ from ipex_vllm.options import Parser
 PORTS_PER_SYSTEM = 4
 # Far from the rounds' seeds, which count up from the workload's.
 WARM_UP_SEED = 1_000_000
+# After a pause caches are cold and connections closed: one request that is not kept.
+WAKE_UP = LoadOptions(prompt="16", output="4", requests=1, seed=WARM_UP_SEED)
 log = Console(stderr=True, highlight=False)
 
 
@@ -61,6 +63,7 @@ class Comparison:
         self._logs = logs
         self._server_cores = server_cores
         self._writer = PromptWriter(self.model)
+        self._wake_up_call = make_work(WAKE_UP, self._writer)
 
     def run(self) -> None:
         """Measure the noise floor, then all systems.
@@ -97,6 +100,7 @@ class Comparison:
                     with self._noting_failure(name):
                         if self.spec.resident:
                             with residents[name].resumed():
+                                self._run(residents[name], self._wake_up_call, WAKE_UP, "waking up")
                                 self._visit(stage, round, name, residents[name])
                         else:
                             with self._started(name, systems) as running:

@@ -46,8 +46,16 @@ async def measure(target: Target, work: Work, options: LoadOptions, label: str) 
 
 async def measure_client(client: Client, pids: Sequence[int], work: Work, options: LoadOptions, label: str) -> Run:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[last]}")
-    # Drawn four times a second on stderr: often enough to watch, too seldom to weigh on a shared core.
-    bar = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), refresh_per_second=4, transient=True)
+    console = Console(stderr=True)
+    # Drawn four times a second: often enough to watch, too seldom to weigh on a shared core.
+    bar = Progress(
+        *columns,
+        TimeElapsedColumn(),
+        console=console,
+        refresh_per_second=4,
+        transient=True,
+        disable=not console.is_terminal,
+    )
     total = sum(len(session.turns) for session in work.sessions)
     task = bar.add_task(label, total=total, last="")
 

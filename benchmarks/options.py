@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -70,6 +71,8 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
 
 def run_main(main: Callable[[], int]) -> None:
     """Exit with the status of `main`; an error the user can mend becomes one line on stderr and status 2."""
+    # SIGTERM is Ctrl-C: servers are stopped and results written either way.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         sys.exit(main())
     except (BenchmarkError, OptionError) as error:
