@@ -60,9 +60,9 @@ class ControllerClient:
         There is no call for it. A refresh makes the controller poll every worker and drop those that do not answer,
         so the worker must refuse /worker_get_status before it calls this.
         """
-        if self.is_registered:
-            self.is_registered = False
-            await self._post("/refresh_all_workers", {}, timeout_s=LEAVE_TIMEOUT_S)
+        self.is_registered = False
+        # Whatever is_registered was: a registration may have been cut off after the controller had it.
+        if await self._post("/refresh_all_workers", {}, timeout_s=LEAVE_TIMEOUT_S) is not None:
             logger.info("Left the controller at %s", self._controller_address)
 
     async def _register(self) -> bool:

@@ -95,9 +95,9 @@ class GenerateRequest:
         n = read.number("n", int, 1, minimum=1, maximum=MAX_CHOICES)
         if best_of > n or read.boolean("use_beam_search", False):
             raise InvalidParameter("best_of above n and use_beam_search are not supported. Leave them out.")
-        temperature = read.number("temperature", float, 1.0, minimum=0.0)
+        temperature = read.number("temperature", float, 1.0, minimum=0.0, maximum=100.0)
         top_k = read.number("top_k", int, -1, minimum=-1)
-        repetition_penalty = read.number("repetition_penalty", float, 1.0, minimum=0.0)
+        repetition_penalty = read.number("repetition_penalty", float, 1.0, minimum=0.0, maximum=100.0)
         if repetition_penalty == 0:
             raise InvalidParameter("repetition_penalty must be above 0; 1 leaves the probabilities as they are.")
         stop = read.strings("stop")
@@ -119,7 +119,7 @@ class GenerateRequest:
             ignore_eos=read.boolean("ignore_eos", False),
             logprobs=read.optional_number("logprobs", int, minimum=0, maximum=MAX_LOGPROBS),
             n=n,
-            seed=read.optional_number("seed", int),
+            seed=read.optional_number("seed", int, minimum=-(2**63), maximum=2**63 - 1),
         )
 
 
@@ -186,7 +186,8 @@ class _Reader:
         value = self._get(name)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and value != int(value)):
+        is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and not is_whole):
             raise InvalidParameter(f"{name} must be {'an integer' if kind is int else 'a number'}, not {value!r}.")
         if (minimum is not None and not value >= minimum) or (maximum is not None and not value <= maximum):
             bounds = f"at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"

@@ -1,0 +1,148 @@
+"""What the tests share: a fake engine, a real HTTP server around it, and readers of frames."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from typing import Any
+
+import httpx
+import uvicorn
+
+from ipex_vllm.conversation import ChatFormat
+from ipex_vllm.engine import Engine
+from ipex_vllm.protocol import Delta, GenerateRequest, TokenLogprob
+from ipex_vllm.server import Slots, WorkerServer
+from ipex_vllm.tokenization import PromptEncoder
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+class CharacterTokenizer:
+    """One token for each character."""
+
+    bos_token = None
+    eos_token_id = 0
+    chat_template = None
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [ord(character) for character in text]}
+
+
+class FakeEngine(Engine):
+    """Yields `texts`, one token each, every `interval_s` seconds; an exception among them is raised there."""
+
+    name = "fake"
+
+    def __init__(
+        self,
+        texts: Sequence[str | Exception] = ("Hello", " world"),
+        interval_s: float = 0.0,
+        context_length: int = 1000,
+    ) -> None:
+        self.texts = texts
+        self.interval_s = interval_s
+        self.seen: list[GenerateRequest] = []
+        self.num_running = 0
+        self._context_length = context_length
+        self.encoder = PromptEncoder(self.tokenizer, context_length)
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None: ...
+
+    @classmethod
+    async def start(cls, *_: Any) -> FakeEngine:
+        return cls()
+
+    @property
+    def context_length(self) -> int:
+        return self._context_length
+
+    @property
+    def tokenizer(self) -> Any:
+        return CharacterTokenizer()
+
+    async def stream(self, request: GenerateRequest, request_id: str) -> AsyncGenerator[Delta, None]:
+        self.seen.append(request)
+        prompt_tokens = len(await self.encoder.encode_for_generation(request.prompt))
+        texts = self.texts[: request.max_new_tokens]
+        self.num_running += 1
+        try:
+            for position, text in enumerate(texts):
+                await asyncio.sleep(self.interval_s)
+                if isinstance(text, Exception):
+                    raise text
+                is_last = position == len(texts) - 1
+                for index in range(request.n):
+                    yield Delta(
+                        text=text,
+                        num_tokens=1,
+                        prompt_tokens=prompt_tokens,
+                        finish_reason=("length" if len(texts) < len(self.texts) else "stop") if is_last else None,
+                        logprobs=(TokenLogprob(text, -1.0, {text: -1.0}),) if request.logprobs is not None else (),
+                        index=index,
+                    )
+        finally:
+            self.num_running -= 1
+
+    async def count_tokens(self, prompt: str) -> int:
+        return len(await self.encoder.encode(prompt))
+
+    async def wait_dead(self) -> str:
+        await asyncio.Event().wait()
+        return "never"
+
+    async def stop(self) -> None: ...
+
+
+def make_server(engine: Engine, limit: int = 4, queue_limit: int = 4, **options: Any) -> WorkerServer:
+    return WorkerServer(engine, ("fake-model",), ChatFormat({"name": "test"}), Slots(limit, queue_limit), **options)
+
+
+@contextlib.contextmanager
+def serving(server: WorkerServer) -> Iterator[str]:
+    """Run the server's application under uvicorn on a thread; yield its URL."""
+    port = free_port()
+    http = uvicorn.Server(
+        uvicorn.Config(server.app, host="127.0.0.1", port=port, log_config=None, lifespan="off", ws="none")
+    )
+    thread = threading.Thread(target=http.run)
+    thread.start()
+    try:
+        while not http.started:
+            thread.join(0.01)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        http.should_exit = http.force_exit = True
+        thread.join()
+
+
+def split_frames(content: bytes) -> list[dict[str, Any]]:
+    """All frames of a finished stream, which must end with a complete one."""
+    *frames, rest = content.split(b"\0")
+    assert rest == b""
+    return [json.loads(frame) for frame in frames]
+
+
+def stream(url: str, **params: Any) -> list[dict[str, Any]]:
+    """The frames of one streamed generation."""
+    response = httpx.post(f"{url}/worker_generate_stream", json=params, timeout=120, trust_env=False)
+    assert response.status_code == 200
+    return split_frames(response.content)
+
+
+def generate(url: str, **params: Any) -> dict[str, Any]:
+    response = httpx.post(f"{url}/worker_generate", json=params, timeout=120, trust_env=False)
+    assert response.status_code == 200
+    payload: dict[str, Any] = response.json()
+    return payload
