@@ -4,13 +4,20 @@ FastChat's clients ask a worker for its conversation template and render prompts
 a Jinja chat template instead. It is translated by probing: dialogues of marker words are rendered, the text between
 the markers gives the pieces of a `Conversation`, and the result counts only if it renders further dialogues to the
 same tokens as the chat template does.
+
+A `Conversation` cannot say everything: it always writes the system block, and it opens earlier replies exactly as it
+opens the one to come. `ChatFormat.normalize` puts both right in the prompts that clients send.
+
+Where the model's template has no place for a system message (Gemma), it goes to the start of the first user turn.
+Where the template puts it elsewhere (the last user turn, for some Mistral models), dialogues of several turns with a
+system message are rendered a little differently, with a warning at the start.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +32,8 @@ Message = dict[str, str]
 # Letters only, so that no template trims or reformats them.
 SYSTEM, USER, REPLY, USER_2 = "Qsystemq", "Quserq", "Qreplyq", "Qagainq"
 FALLBACK_TEMPLATE = "one_shot"
+# The others stand for chat services, which take no prompt.
+PROMPT_TEMPLATES = {name for name, template in conv_templates.items() if template.sep_style is not None}
 
 
 @dataclass(frozen=True)
@@ -34,19 +43,27 @@ class ChatFormat:
     Attributes:
         conversation: what /worker_get_conv_template answers.
         empty_system: the start of a prompt rendered with an empty system message ...
-        no_system: ... and what the model's own template has there. FastChat's form always writes the system block.
+        no_system: ... and what the model's own template has there.
+        reply_start: what the model's own template writes before an earlier reply, where that is not roles[1], which
+            stands before the reply to come.
         source: where the template came from, for the log.
     """
 
     conversation: dict[str, Any]
     empty_system: str = ""
     no_system: str = ""
+    reply_start: str = ""
     source: str = ""
 
     def normalize(self, prompt: str) -> str:
-        """Return `prompt` without an empty system block, which the model has never seen."""
+        """Return a client's `prompt` as the model's own template would have written it."""
         if self.empty_system and prompt.startswith(self.empty_system):
-            return self.no_system + prompt.removeprefix(self.empty_system)
+            prompt = self.no_system + prompt.removeprefix(self.empty_system)
+        if self.reply_start:
+            next_reply = self.conversation["roles"][1]
+            is_right = re.escape(self.reply_start.removeprefix(next_reply))  # as in a prompt that needs no mending
+            keep = rf"(?!\Z|{is_right})" if self.reply_start.startswith(next_reply) else r"(?!\Z)"
+            prompt = re.sub(re.escape(next_reply) + keep, lambda _: self.reply_start, prompt)
         return prompt
 
 
@@ -56,8 +73,8 @@ def choose_chat_format(tokenizer: Any, model_path: str, template_name: str | Non
     Raises EngineError for a name that FastChat does not know.
     """
     if template_name is not None:
-        if template_name not in conv_templates:
-            raise EngineError(f"--conv-template {template_name}: FastChat knows {', '.join(sorted(conv_templates))}")
+        if template_name not in PROMPT_TEMPLATES:
+            raise EngineError(f"--conv-template {template_name}: FastChat knows {', '.join(sorted(PROMPT_TEMPLATES))}")
         return ChatFormat(as_json(get_conv_template(template_name)), source="--conv-template")
     if getattr(tokenizer, "chat_template", None):
         chat_format = translate(tokenizer)
@@ -78,9 +95,12 @@ def choose_chat_format(tokenizer: Any, model_path: str, template_name: str | Non
 
 
 def match_registry(model_path: str) -> str | None:
-    """The longest name in FastChat's registry that the model's own name contains."""
+    """The longest name in FastChat's registry that the model's own name contains, as whole words."""
     name = model_path.rstrip("/").rsplit("/", 1)[-1].lower()
-    return max((known for known in conv_templates if known.lower() in name), key=len, default=None)
+    matches = (
+        known for known in PROMPT_TEMPLATES if re.search(rf"(?<![a-z0-9]){re.escape(known.lower())}(?![a-z0-9])", name)
+    )
+    return max(matches, key=len, default=None)
 
 
 def as_json(conversation: Conversation) -> dict[str, Any]:
@@ -101,23 +121,24 @@ def as_json(conversation: Conversation) -> dict[str, Any]:
 
 
 def translate(tokenizer: Any) -> ChatFormat | None:
-    """Translate the tokenizer's chat template; None when no FastChat style renders its plain dialogues."""
+    """Translate the tokenizer's chat template; None when FastChat cannot render its plain dialogues."""
     rendered = Renderer(tokenizer)
     try:
-        candidates = list(_candidates(rendered))
+        chat_format = _probe(rendered)
+        is_faithful = all(rendered.agrees(chat_format, dialogue) for dialogue in PLAIN_DIALOGUES)
+        is_exact = not rendered.takes_system or all(
+            rendered.agrees(chat_format, dialogue) for dialogue in SYSTEM_DIALOGUES
+        )
     except ValueError as error:
         logger.warning("The chat template cannot be probed: %s", error)
         return None
-    best: ChatFormat | None = None
-    for candidate in candidates:
-        if not all(rendered.agrees(candidate, dialogue) for dialogue in PLAIN_DIALOGUES):
-            continue
-        if not rendered.takes_system or all(rendered.agrees(candidate, dialogue) for dialogue in SYSTEM_DIALOGUES):
-            return candidate
-        best = best or candidate
-    if best is not None:
+    if not is_faithful:
+        return None
+    if not rendered.takes_system:
+        logger.info("The chat template takes no system message: it will open the first user turn")
+    elif not is_exact:
         logger.warning("Chats with a system message are rendered a little differently from the model's chat template")
-    return best
+    return chat_format
 
 
 def _messages(*contents: str, system: str | None = None) -> list[Message]:
@@ -184,99 +205,91 @@ def render_conversation(conversation: dict[str, Any], dialogue: Sequence[Message
     return prompt
 
 
-def _candidates(rendered: Renderer) -> Iterator[ChatFormat]:
-    """Yield possible translations, the plainest first. Raises ValueError for a template without the expected order."""
-    head, first_reply, _ = _split(rendered(_messages(USER)), USER, None)
-    between_head, reply_start, next_turn, second_reply = _split_turns(rendered(_messages(USER, REPLY, USER_2)))
-    if (head, first_reply) != (between_head, reply_start) or reply_start != second_reply:
-        raise ValueError("turns are not written alike")
-    without_prompt = rendered(_messages(USER), add_generation_prompt=False)
-    user_start = _common_suffix(head, next_turn)
-    system_head = _split(rendered(_messages(USER, system=SYSTEM)), USER, None)[0] if rendered.takes_system else None
-    stop_token_ids = [rendered.tokenizer.eos_token_id] if rendered.tokenizer.eos_token_id is not None else []
-    common: dict[str, Any] = {"name": "chat_template", "offset": 0, "messages": [], "stop_str": None}
-    common["stop_token_ids"] = stop_token_ids
+def _probe(rendered: Renderer) -> ChatFormat:
+    """Read the pieces of FastChat's NO_COLON_TWO style off the rendered markers.
 
-    # FastChat's NO_COLON_TWO: system prompt, then role + message + separator; each role has its own separator.
-    assistant_start = rendered(_messages(USER)).removeprefix(without_prompt)
-    if not assistant_start or not reply_start.endswith(assistant_start):
-        assistant_start = reply_start
-    prefix = head.removesuffix(user_start)
-    system = _system_block(prefix, system_head, user_start)
-    yield ChatFormat(
+    That style writes the system prompt, then role + message + separator, each role with its own separator. Raises
+    ValueError for a template that writes something else.
+    """
+    head, next_reply = _split(rendered(_messages(USER)), USER)
+    head_of_two, rest = _split(rendered(_messages(USER, REPLY, USER_2)), USER)
+    past_reply, rest = _split(rest, REPLY)
+    next_turn, second_reply = _split(rest, USER_2)
+    if head != head_of_two or next_reply != second_reply:
+        raise ValueError("its turns are not written alike")
+    system_head = f"{head}{SYSTEM}\n\n"
+    if rendered.takes_system:
+        system_head, _ = _split(rendered(_messages(USER, system=SYSTEM)), USER)
+
+    # What follows a reply closes it; what is left before the next message is the user's role, if all turns open so.
+    _, reply_end = _split(rendered(_messages(USER, REPLY), add_generation_prompt=False), REPLY)
+    user_start = next_turn.removeprefix(reply_end)
+    if not (head.endswith(user_start) and system_head.endswith(user_start)):
+        user_start = ""
+    system = _system_block(head.removesuffix(user_start), system_head.removesuffix(user_start))
+    # What a generation prompt adds is the assistant's role, and what is left closes the user's turn. Where it adds
+    # nothing of its own, all that stands between the two messages is the role.
+    assistant_start = rendered(_messages(USER)).removeprefix(rendered(_messages(USER), add_generation_prompt=False))
+    user_end = next_reply.removesuffix(assistant_start)
+    if not assistant_start or not next_reply.endswith(assistant_start) or not past_reply.startswith(user_end):
+        assistant_start, user_end = next_reply, ""
+    reply_start = past_reply.removeprefix(user_end)
+    return ChatFormat(
         {
-            **common,
+            "name": "chat_template",
             "system_template": system.template,
             "system_message": system.default_message,
             "roles": [user_start, assistant_start],
+            "messages": [],
+            "offset": 0,
             "sep_style": int(SeparatorStyle.NO_COLON_TWO),
-            "sep": reply_start.removesuffix(assistant_start),
+            "sep": user_end,
             "sep2": next_turn.removesuffix(user_start),
+            "stop_str": None,
+            "stop_token_ids": _stop_token_ids(rendered.tokenizer, next_turn),
         },
         empty_system=system.empty,
-        no_system=prefix if system.empty else "",
+        no_system=system.absent,
+        reply_start=reply_start if reply_start != assistant_start else "",
         source="the model's chat template",
     )
 
-    # FastChat's LLAMA2: the system message stands inside the first user turn, and "[INST]" opens it without one.
-    bos = rendered.tokenizer.bos_token or ""
-    opening, closing = "[INST]", "[/INST]"
-    if head.removeprefix(bos).strip() == opening and reply_start.strip() == closing:
-        yield ChatFormat(
-            {
-                **common,
-                "system_template": _as_template((system_head or f"{opening} {SYSTEM}\n\n").removeprefix(bos)),
-                "system_message": "",
-                "roles": [opening, closing],
-                "sep_style": int(SeparatorStyle.LLAMA2),
-                "sep": " ",
-                "sep2": next_turn.rstrip().removesuffix(opening),
-            },
-            source="the model's chat template",
-        )
+
+def _stop_token_ids(tokenizer: Any, next_turn: str) -> list[int]:
+    """EOS, and the special token that ends a reply, which is another one in some families (Gemma, Phi-3)."""
+    special = set(tokenizer.all_special_ids)
+    behind_reply = tokenizer(next_turn, add_special_tokens=False)["input_ids"]
+    end_of_turn = next((token_id for token_id in behind_reply if token_id in special), None)
+    return sorted({token_id for token_id in (tokenizer.eos_token_id, end_of_turn) if token_id is not None})
 
 
 @dataclass(frozen=True)
 class _SystemBlock:
+    """FastChat's template and default, and what to write in place of the template filled with an empty message."""
+
     template: str
-    default_message: str
-    empty: str
+    default_message: str = ""
+    empty: str = ""
+    absent: str = ""
 
 
-def _system_block(prefix: str, system_head: str | None, user_start: str) -> _SystemBlock:
-    """How a system message is written, given what stands before the first user turn without one (`prefix`) and with."""
-    if system_head is None or not system_head.endswith(user_start):
-        # No place for it: a client's system message goes in front as it is.
-        return _SystemBlock(prefix.replace("{", "{{").replace("}", "}}") + "{system_message}", "", "")
-    block = system_head.removesuffix(user_start)
-    before, after = block.split(SYSTEM)
-    default = re.fullmatch(f"{re.escape(before)}(.*){re.escape(after)}", prefix, re.DOTALL)
+def _system_block(without: str, with_marker: str) -> _SystemBlock:
+    """How a system message is written, given the start of a prompt without one and with one."""
+    before, after = _split(with_marker, SYSTEM)
+    template = f"{_escape(before)}{{system_message}}{_escape(after)}"
+    default = re.fullmatch(f"{re.escape(before)}(.*){re.escape(after)}", without, re.DOTALL)
     if default:
-        return _SystemBlock(_as_template(block), default[1], "")
-    return _SystemBlock(_as_template(block), "", before + after)
+        return _SystemBlock(template, default_message=default[1])
+    return _SystemBlock(template, empty=before + after, absent=without)
 
 
-def _as_template(block: str) -> str:
-    return block.replace("{", "{{").replace("}", "}}").replace(SYSTEM, "{system_message}")
+def _escape(text: str) -> str:
+    """`text` so that str.format, which FastChat fills the template with, gives it back."""
+    return text.replace("{", "{{").replace("}", "}}")
 
 
-def _split(text: str, first: str, second: str | None) -> tuple[str, str, str]:
-    """Cut `text` at its markers into what is before, between and after them. Raises ValueError."""
-    before, found, rest = text.partition(first)
-    between, found_second, after = rest.partition(second) if second else (rest, "", "")
-    if not found or (second and not found_second):
+def _split(text: str, marker: str) -> tuple[str, str]:
+    before, found, after = text.partition(marker)
+    if not found:
         raise ValueError("a message is missing from the rendered text")
-    return before, between, after
-
-
-def _split_turns(text: str) -> tuple[str, str, str, str]:
-    head, reply_start, rest = _split(text, USER, REPLY)
-    next_turn, second_reply, _ = _split(rest, USER_2, None)
-    return head, reply_start, next_turn, second_reply
-
-
-def _common_suffix(first: str, second: str) -> str:
-    length = 0
-    while length < min(len(first), len(second)) and first[-1 - length] == second[-1 - length]:
-        length += 1
-    return first[len(first) - length :]
+    return before, after
