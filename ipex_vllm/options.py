@@ -8,6 +8,8 @@ options take part as well.
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import os
 import types
 import typing
@@ -19,6 +21,7 @@ from typing import Any, Literal, NoReturn
 import yaml
 
 ENVIRONMENT_PREFIX = "IPEX_VLLM_"
+TRUE_WORDS, FALSE_WORDS = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 # Formats that only choose the dtype. All others quantize the weights; see ipex_vllm.low_bit.
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -29,7 +32,8 @@ class OptionError(Exception):
 
 
 def option(help: str, default: Any = MISSING, *, aliases: Sequence[str] = (), secret: bool = False) -> Any:
-    return field(default=default, metadata={"help": help, "aliases": tuple(aliases), "secret": secret})
+    """A dataclass field that is a flag. A secret one is left out of the dataclass' repr."""
+    return field(default=default, repr=not secret, metadata={"help": help, "aliases": tuple(aliases)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,58 +117,77 @@ def layered_arguments(
 ) -> list[str]:
     """Put the configuration file's and the environment's options before `arguments`, so that the last word wins.
 
-    Raises OptionError for a file that cannot be read and, unless told to ignore it, for a key that is no option.
+    Raises OptionError for a file that cannot be read, a value that is no yes or no where one is needed and, unless
+    told to ignore it, for a key of the file that is no option. Other variables with our prefix may exist.
     """
     arguments = [_with_dashes(argument) for argument in arguments]
     pre_parser = Parser(add_help=False, allow_abbrev=False)
     pre_parser.add_argument("--config")
     config_path = pre_parser.parse_known_args(arguments)[0].config or environ.get(f"{ENVIRONMENT_PREFIX}CONFIG")
-    actions = {action.dest: action for action in parser._actions if action.option_strings}
-    layered: list[str] = []
+    actions = _actions_by_name(parser)
+    layered: dict[str, list[str]] = {}  # by destination: a later layer replaces what an earlier one said
     if config_path:
         for key, value in read_config(config_path).items():
             action = actions.get(key.replace("-", "_"))
             if action is not None:
-                layered += _as_arguments(action, value)
+                layered[action.dest] = _as_arguments(action, value, f"{config_path}: {key}")
             elif not ignore_unknown:
                 raise OptionError(f"{config_path}: there is no option {key!r} (see --help)")
     for variable, text in environ.items():
-        dest = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
-        if variable.startswith(ENVIRONMENT_PREFIX) and dest in actions and dest != "config":
-            layered += _as_arguments(actions[dest], text)
-    return [*layered, *arguments]
+        action = actions.get(variable.removeprefix(ENVIRONMENT_PREFIX).lower())
+        if variable.startswith(ENVIRONMENT_PREFIX) and action is not None and text:  # empty is as good as unset
+            layered[action.dest] = _as_arguments(action, text, variable)
+    return [*itertools.chain.from_iterable(layered.values()), *arguments]
 
 
 def read_config(path: str) -> dict[str, Any]:
+    """Read a YAML file of `option: value` lines. Raises OptionError."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise OptionError(f"--config {path}: {' '.join(str(error).split())}") from error
+    if content is None:  # nothing but comments
+        return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise OptionError(f"--config {path}: expected lines of the form `option: value`")
     return content
 
 
-def _as_arguments(action: argparse.Action, value: Any) -> list[str]:
-    flag = max(action.option_strings, key=len)
-    positive = [text for text in action.option_strings if not text.startswith("--no-")]
-    if action.nargs == 0:
-        enabled = value if isinstance(value, bool) else str(value).strip().lower() in ("1", "true", "yes", "on")
-        if isinstance(action, argparse.BooleanOptionalAction):
-            return [positive[-1] if enabled else "--no-" + positive[-1].removeprefix("--")]
-        return [flag] if enabled else []
-    if isinstance(value, list):
-        return [flag, *map(str, value)]
+def _actions_by_name(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """The options that a file or the environment may set, by each of their names."""
+    return {
+        flag.removeprefix("--").replace("-", "_"): action
+        for action in parser._actions
+        for flag in action.option_strings
+        if flag.startswith("--") and not _is_negative(action, flag) and action.dest not in ("help", "config")
+    }
+
+
+def _is_negative(action: argparse.Action, flag: str) -> bool:
+    return isinstance(action, argparse.BooleanOptionalAction) and flag.startswith("--no-")
+
+
+def _as_arguments(action: argparse.Action, value: Any, source: str) -> list[str]:
+    """Say `value` as a command line would. `source` is where it comes from, for the error."""
     if value is None:
         return []
+    flags = [flag for flag in action.option_strings if flag.startswith("--")]
+    if action.nargs == 0:
+        is_on = _as_bool(value, source)
+        return [flag for flag in flags if _is_negative(action, flag) != is_on][:1]
+    if action.nargs in ("+", "*"):
+        return [flags[0], *(map(str, value) if isinstance(value, list) else str(value).split())]
+    if isinstance(value, list) and not any(isinstance(item, (dict, list)) for item in value):
+        value = ",".join(map(str, value))
     # One word, so that a value that starts with a dash is not read as a flag.
-    return [f"{flag}={_plain(value)}"]
+    return [f"{flags[0]}={json.dumps(value) if isinstance(value, (dict, list, bool)) else value}"]
 
 
-def _plain(value: Any) -> str:
-    if isinstance(value, (dict, bool)):
-        return yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("\n...")
-    return str(value)
+def _as_bool(value: Any, source: str) -> bool:
+    word = str(value).strip().lower()
+    if word not in TRUE_WORDS | FALSE_WORDS:
+        raise OptionError(f"{source}: expected true or false, not {value!r}")
+    return word in TRUE_WORDS
 
 
 def _with_dashes(argument: str) -> str:
