@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,8 @@ import httpx
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_INTERVAL_S = 45.0  # the controller forgets a worker after 90 s of silence
+# FastChat's own variable; its controller forgets a worker after 90 s of silence.
+HEARTBEAT_INTERVAL_S = float(os.environ.get("FASTCHAT_WORKER_HEART_BEAT_INTERVAL", 45))
 RETRY_INTERVAL_S = 5.0
 REQUEST_TIMEOUT_S = 5.0
 LEAVE_TIMEOUT_S = 20.0  # a refresh polls every worker in turn, 5 s each at most

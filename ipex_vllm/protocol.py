@@ -95,7 +95,7 @@ class GenerateRequest:
         n = read.number("n", int, 1, minimum=1, maximum=MAX_CHOICES)
         if best_of > n or read.boolean("use_beam_search", False):
             raise InvalidParameter("best_of above n and use_beam_search are not supported. Leave them out.")
-        temperature = read.number("temperature", float, 1.0, minimum=0.0, maximum=100.0)
+        temperature = read.number("temperature", float, 1.0, minimum=0.0, maximum=2.0)
         top_k = read.number("top_k", int, -1, minimum=-1)
         repetition_penalty = read.number("repetition_penalty", float, 1.0, minimum=0.0, maximum=100.0)
         if repetition_penalty == 0:

@@ -34,5 +34,5 @@ class PromptEncoder:
     def _encode(self, prompt: str) -> list[int]:
         bos = self._tokenizer.bos_token
         spells_bos = bool(bos) and prompt.startswith(bos)
-        token_ids: list[int] = self._tokenizer(prompt, add_special_tokens=not spells_bos)["input_ids"]
+        token_ids: list[int] = self._tokenizer(prompt, add_special_tokens=not spells_bos, verbose=False)["input_ids"]
         return token_ids

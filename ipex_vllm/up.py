@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import os
 import re
@@ -28,15 +27,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
+from ipex_vllm.lifetime import die_with_parent
 from ipex_vllm.options import OptionError, Parser, add_options, from_namespace, layered_arguments, option, read_config
 
 COLORS = ("cyan", "green", "magenta", "yellow", "blue", "bright_red")
-FASTCHAT_CONTROLLER, FASTCHAT_API = "fastchat.serve.controller", "fastchat.serve.openai_api_server"
+FASTCHAT_CONTROLLER, FASTCHAT_API = "fastchat.serve.controller", "ipex_vllm.fastchat_api"
 READY_POLL_S = 0.5
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0
 STABLE_AFTER_S = 60.0  # a child that lived this long starts again with the first back-off
 KILL_AFTER_S = 5.0  # beyond a worker's own drain timeout
-PR_SET_PDEATHSIG = 1
 
 # Without --verbose: each request's line of FastChat's programs, and what libraries say to their own developers.
 NOISE = re.compile(r"^\S+ \S+ \| INFO \| |^INFO: |Triton not|resource_tracker|^\s+warnings\.warn")
@@ -150,7 +149,7 @@ class Supervisor:
             stderr=asyncio.subprocess.STDOUT,
             env=self._environ,
             start_new_session=True,  # so that Ctrl-C reaches this program alone, and a group can be ended as a whole
-            preexec_fn=_die_with_parent(service.death_signal),
+            preexec_fn=partial(die_with_parent, service.death_signal),
         )
         task = asyncio.create_task(self._copy_log(service, service.process))
         self._tasks.add(task)
@@ -183,7 +182,9 @@ class Supervisor:
         while True:
             assert service.process is not None
             started_at = time.monotonic()
-            status = await service.process.wait()
+            # Not wait(): that waits for the log's end as well, which the dead child's own children hold open.
+            while (status := service.process.returncode) is None:
+                await asyncio.sleep(READY_POLL_S)
             _signal_group(service.process, signal.SIGKILL)  # its children, which would keep the port
             if time.monotonic() - started_at > STABLE_AFTER_S:
                 backoff_s = FIRST_BACKOFF_S
@@ -377,11 +378,6 @@ def _as_flag(name: str, value: Any) -> str:
 def _signal_group(process: asyncio.subprocess.Process, signal_number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal_number)
-
-
-def _die_with_parent(signal_number: signal.Signals) -> Callable[[], None]:
-    libc = ctypes.CDLL(None)  # loaded here: after the fork, before the exec, little is allowed
-    return lambda: libc.prctl(PR_SET_PDEATHSIG, int(signal_number))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

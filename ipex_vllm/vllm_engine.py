@@ -89,9 +89,9 @@ class VllmEngine(Engine):
         from vllm.inputs.engine import tokens_input
 
         token_ids = await self._encoder.encode_for_generation(request.prompt)
-        params = self._sampling_params(request, len(token_ids))
         started: set[int] = set()
         try:
+            params = self._sampling_params(request, len(token_ids))
             # Closing vLLM's generator is what aborts the request.
             outputs = self._llm.generate(tokens_input(token_ids), params, request_id)
             async with contextlib.aclosing(outputs):
@@ -130,28 +130,25 @@ class VllmEngine(Engine):
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        try:
-            return SamplingParams(
-                n=request.n,
-                temperature=request.temperature,
-                top_p=request.top_p,
-                top_k=request.top_k,
-                min_p=request.min_p,
-                presence_penalty=request.presence_penalty,
-                frequency_penalty=request.frequency_penalty,
-                repetition_penalty=request.repetition_penalty,
-                seed=request.seed,
-                stop=list(request.stop),
-                stop_token_ids=list(request.stop_token_ids),
-                ignore_eos=request.ignore_eos,
-                max_tokens=min(request.max_new_tokens, self.context_length - prompt_tokens),
-                logprobs=request.logprobs,
-                prompt_logprobs=request.logprobs if request.echo else None,
-                spaces_between_special_tokens=False,
-                output_kind=RequestOutputKind.DELTA,
-            )
-        except ValueError as error:
-            raise InvalidParameter(str(error)) from error
+        return SamplingParams(
+            n=request.n,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            top_k=request.top_k,
+            min_p=request.min_p,
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            repetition_penalty=request.repetition_penalty,
+            seed=request.seed,
+            stop=list(request.stop),
+            stop_token_ids=list(request.stop_token_ids),
+            ignore_eos=request.ignore_eos,
+            max_tokens=min(request.max_new_tokens, self.context_length - prompt_tokens),
+            logprobs=request.logprobs,
+            prompt_logprobs=request.logprobs if request.echo else None,
+            spaces_between_special_tokens=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
 
     def _finish_reason(self, reason: str | None) -> FinishReason | None:
         if reason is None:
@@ -177,7 +174,9 @@ class VllmEngine(Engine):
         return entries
 
     def _as_worker_error(self, error: Exception) -> WorkerError:
-        if isinstance(error, ValueError):  # vLLM's own check of a request
+        from vllm.exceptions import VLLMClientError
+
+        if isinstance(error, (ValueError, VLLMClientError)):  # vLLM's own check of a request
             return InvalidParameter(root_cause(error))
         logger.error("Generation failed: %s", root_cause(error))
         reason = "The engine has died and the worker is restarting." if self._llm.errored else root_cause(error)
@@ -192,8 +191,6 @@ DEVICE_HELP = {
 
 def apply_low_bit(args: argparse.Namespace, options: WorkerOptions) -> None:
     """Turn --low-bit into vLLM's own arguments. Raises EngineError."""
-    if options.low_bit is None:
-        return
     try:
         chosen = vllm_arguments(options.low_bit, options.model_path, options.device)
     except ValueError as error:

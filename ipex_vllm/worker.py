@@ -1,7 +1,7 @@
 """A FastChat worker: `python -m ipex_vllm.worker --model-path X --device cpu`.
 
 Reads the options, chooses the settings for this machine, loads the engine, serves, registers with the controller, and
-on SIGTERM drains. vLLM spawns processes that import this module again, so importing it does nothing.
+on SIGTERM drains. vLLM spawns processes that import this module again, so importing it starts nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ipex_vllm.controller import ControllerClient
 from ipex_vllm.conversation import choose_chat_format
 from ipex_vllm.demo import resolve_model_path
 from ipex_vllm.engine import Engine, EngineError
+from ipex_vllm.lifetime import die_with_parent
 from ipex_vllm.options import (
     OptionError,
     Parser,
@@ -223,6 +224,9 @@ def is_loopback(host: str) -> bool:
     except ValueError:
         return host == "localhost"
 
+
+if __name__ == "__mp_main__":  # one of vLLM's processes: it must not outlive the worker, even one that is killed
+    die_with_parent()
 
 if __name__ == "__main__":
     main()

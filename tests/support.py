@@ -35,7 +35,7 @@ class CharacterTokenizer:
     eos_token_id = 0
     chat_template = None
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [ord(character) for character in text]}
 
 
@@ -146,3 +146,15 @@ def generate(url: str, **params: Any) -> dict[str, Any]:
     assert response.status_code == 200
     payload: dict[str, Any] = response.json()
     return payload
+
+
+def raw_post(url: str, path: str, body: Any) -> socket.socket:
+    """Send a request and return the connection, unread: a client with a small receive buffer that can stop or go."""
+    host, port = url.removeprefix("http://").split(":")
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect((host, int(port)))
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Length: {len(content)}\r\n\r\n"
+    connection.sendall(head.encode() + content)
+    return connection

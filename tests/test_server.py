@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import itertools
-import json
 import logging
 import socket
 import struct
@@ -18,7 +17,7 @@ import pytest
 
 from ipex_vllm.protocol import InternalError
 from ipex_vllm.server import Slots
-from tests.support import FakeEngine, generate, make_server, serving, split_frames, stream
+from tests.support import FakeEngine, generate, make_server, raw_post, serving, split_frames, stream
 
 
 def wait_until(condition: Any, what: str) -> None:
@@ -183,7 +182,7 @@ def test_the_event_loop_stays_free_while_a_long_prompt_is_counted() -> None:
             class Tokenizer:
                 bos_token = None
 
-                def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+                def __call__(self, text: str, **_: bool) -> dict[str, list[int]]:
                     assert release.wait(20)
                     return {"input_ids": [0] * len(text)}
 
@@ -250,18 +249,6 @@ async def test_slots_are_given_back_whatever_ends_the_work() -> None:
     assert slots.queue_length == 0
     async with slots.take():
         assert slots.queue_length == 1
-
-
-def raw_post(url: str, path: str, body: Any) -> socket.socket:
-    """Send a request and return the connection, unread: a client with a small receive buffer that can stop or go."""
-    host, port = url.removeprefix("http://").split(":")
-    connection = socket.socket()
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    connection.connect((host, int(port)))
-    content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Length: {len(content)}\r\n\r\n"
-    connection.sendall(head.encode() + content)
-    return connection
 
 
 def read_slowly(connection: socket.socket) -> bytes:

@@ -1,0 +1,159 @@
+"""A worker as a process: how it starts, refuses to start, drains and dies. On a random model: no answer matters."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from benchmarks.make_model import make_model
+from tests.e2e.processes import ROOT, eventually, program, worker
+from tests.support import FakeEngine, free_port, generate, make_server, serving, stream
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_model("tiny", tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture
+def controller(tmp_path: Path) -> Iterator[str]:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    arguments = ["--host", "127.0.0.1", "--port", str(port)]
+    with program("fastchat.serve.controller", arguments, tmp_path / "controller.log", LOGDIR="") as running:
+        running.wait_for(f"{url}/test_connection")
+        yield url
+
+
+def models(controller: str) -> list[str]:
+    names: list[str] = httpx.post(f"{controller}/list_models", trust_env=False).json()["models"]
+    return names
+
+
+def fails(*arguments: str, status: int, **environ: str) -> str:
+    """Run a worker that cannot start; return what it printed, which holds no traceback."""
+    done = subprocess.run(
+        [sys.executable, "-m", "ipex_vllm.worker", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **environ},
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: "), done.stderr
+    return last
+
+
+def test_sigterm_under_load_loses_nothing(model: str, controller: str, tmp_path: Path) -> None:
+    register = ["--model-path", model, "--controller-address", controller]
+    with worker(tmp_path, *register) as (process, url), ThreadPoolExecutor(9) as pool:
+        assert models(controller) == ["tiny"]
+        params = {"prompt": "def", "max_new_tokens": 400, "ignore_eos": True}
+        answers = [pool.submit(stream, url, **params) for _ in range(8)]
+        eventually(lambda: status(url)["queue_length"] == 8, "all running")
+        stopping = pool.submit(process.stop)
+        eventually(lambda: models(controller) == [], "the controller knows at once")
+        assert generate(url, prompt="late")["error_code"] == 42903
+        for answer in answers:
+            last = answer.result()[-1]
+            assert (last["finish_reason"], last["usage"]["completion_tokens"]) == ("length", 400)
+        assert stopping.result() == 0
+
+
+def test_a_dead_engine_ends_the_worker_and_its_requests(model: str, controller: str, tmp_path: Path) -> None:
+    register = ["--model-path", model, "--controller-address", controller]
+    with worker(tmp_path, *register) as (process, url), ThreadPoolExecutor(4) as pool:
+        params = {"prompt": "def", "max_new_tokens": 2000, "ignore_eos": True}
+        answers = [pool.submit(stream, url, **params) for _ in range(4)]
+        eventually(lambda: status(url)["queue_length"] == 4, "all running")
+        tree = process.tree()
+        engines = [child for child in tree if "EngineCore" in child.name() or "EngineCor" in " ".join(child.cmdline())]
+        assert engines
+        engines[0].send_signal(signal.SIGKILL)
+        for answer in answers:
+            assert answer.result()[-1]["error_code"] == 50001
+        assert process.process.wait(60) == 1
+        assert models(controller) == []
+        assert "Traceback" not in process.output.rpartition("ready: ")[2].replace("(MainProcess", ""), process.output
+        assert not psutil.wait_procs(tree, timeout=10)[1]
+
+
+def test_a_killed_worker_leaves_no_process(model: str, tmp_path: Path) -> None:
+    with worker(tmp_path, "--model-path", model, "--no-register") as (process, _):
+        tree = process.tree()
+        assert len(tree) >= 3, "server, engine and one compute process"
+        process.process.kill()
+        process.process.wait()
+        assert not psutil.wait_procs(tree, timeout=20)[1]
+
+
+def test_two_workers_fit_on_one_machine_with_options_from_everywhere(model: str, tmp_path: Path) -> None:
+    config = tmp_path / "worker.yaml"
+    config.write_text("model-names: from-file\nmax-model-len: 512\nlimit-worker-concurrency: 7\n")
+    arguments = ["--model-path", model, "--config", str(config), "--no-register"]
+    environ = {"IPEX_VLLM_MAX_MODEL_LEN": "256"}
+    with (
+        worker(tmp_path, *arguments, name="first", **environ) as (first, first_url),
+        worker(tmp_path, *arguments, "--model-names", "from-flag", name="second", **environ) as (second, second_url),
+    ):
+        assert status(first_url)["model_names"] == ["from-file"]
+        assert status(second_url)["model_names"] == ["from-flag"]
+        for url in (first_url, second_url):
+            assert httpx.post(f"{url}/model_details", trust_env=False).json() == {"context_length": 256}
+            assert generate(url, prompt="def", max_new_tokens=4, ignore_eos=True)["usage"]["completion_tokens"] == 4
+        assert "ipex_vllm_slots 7.0" in httpx.get(f"{first_url}/metrics", trust_env=False).text
+        assert first.stop(signal.SIGINT) == 0
+        assert second.stop() == 0
+
+
+def test_a_port_in_use_is_told_before_the_model_loads(model: str) -> None:
+    with serving(make_server(FakeEngine())) as url:
+        port = url.rsplit(":", 1)[1]
+        line = fails("--model-path", model, "--port", port, status=2)
+    assert port in line
+    assert "in use" in line
+
+
+def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
+    missing = str(tmp_path / "nothing")
+    line = fails("--model-path", missing, "--port", str(free_port()), status=1, HF_HUB_OFFLINE="1")
+    assert missing in line
+
+
+def test_an_xpu_that_is_not_there_is_one_line(model: str) -> None:
+    assert "XPU" in fails("--model-path", model, "--device", "xpu", "--port", str(free_port()), status=1)
+
+
+def test_an_unknown_format_is_one_line(model: str) -> None:
+    line = fails("--model-path", model, "--load-in-low-bit", "sym_int99", "--port", str(free_port()), status=1)
+    assert "sym_int99" in line
+    assert "sym_int4" in line
+
+
+def test_explain_prints_every_decision_and_loads_nothing(model: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ipex_vllm.worker", "--model-path", model, "--explain", "--api-token", "s3cret"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    for decision in ("machine: ", "cores: ", "preload: ", "KV cache: ", "mode: "):
+        assert decision in done.stderr
+    assert "Loading" not in done.stderr
+    assert "s3cret" not in done.stdout + done.stderr
+
+
+def status(url: str) -> dict[str, object]:
+    answer: dict[str, object] = httpx.post(f"{url}/worker_get_status", trust_env=False).json()
+    return answer
