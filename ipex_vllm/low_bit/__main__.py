@@ -1,0 +1,32 @@
+"""python -m ipex_vllm.low_bit save --model-path X --low-bit sym_int4 --out DIR"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ipex_vllm.low_bit.formats import FORMATS, resolve
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m ipex_vllm.low_bit", description="Low-bit checkpoints.")
+    commands = parser.add_subparsers(required=True)
+    save = commands.add_parser("save", help="quantize a checkpoint once, to open it later without quantizing")
+    save.add_argument("--model-path", required=True, help="directory or Hugging Face name of the model to quantize")
+    save.add_argument("--low-bit", required=True, help=f"format: {', '.join(FORMATS)}")
+    save.add_argument("--out", required=True, type=Path, help="directory to write, new or empty")
+    options = parser.parse_args()
+
+    from ipex_vllm.low_bit import checkpoint
+
+    try:
+        checkpoint.save(options.model_path, resolve(options.low_bit), options.out)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""The linear layers that compute with quantized weights, and the choice among them by format, machine and shape."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import nn
+
+from ipex_vllm.low_bit import w4a8
+from ipex_vllm.low_bit.formats import FORMATS, Format
+from ipex_vllm.low_bit.quantize import QuantizedWeight, dequantize, pack_nibbles
+
+
+class LowBitLinear(nn.Module):
+    """y = x W^T + b with a quantized W [out_features, in_features]; x and y are [..., features], of one float dtype.
+
+    A subclass is one kernel. `forward` takes the bias rather than owning it, because under tensor parallelism only
+    one rank adds it.
+    """
+
+    kernel = ""
+
+    @classmethod
+    def unavailable_reason(cls, format: Format, out_features: int, in_features: int, dtype: torch.dtype) -> str | None:
+        """Say why this kernel cannot compute such a layer on this machine, or None if it can."""
+        raise NotImplementedError
+
+    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.format = weight.format
+        self.out_features, self.in_features = weight.codes.shape
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.format.name}, kernel={self.kernel}"
+
+
+@functools.cache
+def _vllm_cpu_ops() -> frozenset[str]:
+    """The matmuls that vLLM's compiled CPU library brings on this machine; none without vLLM or on another device."""
+    try:
+        import vllm._custom_ops  # noqa: F401  (what torch.compile needs to know about the operators)
+        from vllm.platforms import current_platform
+    except ImportError:
+        return frozenset()
+    if not current_platform.is_cpu():
+        return frozenset()
+    names = ("onednn_scaled_mm", "int4_scaled_mm_cpu", "cpu_gemm_wna16")
+    return frozenset(name for name in names if hasattr(torch.ops._C, name))
+
+
+class OneDnnInt8Linear(LowBitLinear):
+    """oneDNN's W8A8, as vLLM wraps it: int8 weights per output channel, activations quantized to int8 per token."""
+
+    kernel = "onednn-w8a8"
+
+    @classmethod
+    def unavailable_reason(cls, format: Format, out_features: int, in_features: int, dtype: torch.dtype) -> str | None:
+        if format.name != "sym_int8":
+            return "computes sym_int8 only"
+        if "onednn_scaled_mm" not in _vllm_cpu_ops():
+            return "needs vLLM's CPU library"
+        return None
+
+    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
+        super().__init__(weight, dtype)
+        from vllm import _custom_ops as ops
+
+        self.ops = ops
+        # oneDNN packs the weight but keeps only a pointer to the scales.
+        self.register_buffer("scales", weight.scales.flatten(), persistent=False)
+        self.primitives = ops.create_onednn_scaled_mm(
+            weight.codes.t(), self.scales, dtype, dynamic_quant=True, use_azp=False, primitive_cache_size=32
+        )
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        tokens = x.reshape(-1, self.in_features)
+        codes, scales, _ = self.ops.onednn_scaled_int8_quant(tokens)
+        y = torch.empty((tokens.shape[0], self.out_features), dtype=x.dtype)
+        self.ops.onednn_scaled_mm(self.primitives, codes, y, scales, None, None, bias)
+        return y.view((*x.shape[:-1], self.out_features))
+
+
+class W4A8Linear(LowBitLinear):
+    """This package's int4 matmul, with activations quantized to int8 per token (`w4a8.py`)."""
+
+    kernel = "w4a8"
+    packed: torch.Tensor
+
+    @classmethod
+    def unavailable_reason(cls, format: Format, out_features: int, in_features: int, dtype: torch.dtype) -> str | None:
+        if format.name not in ("sym_int4", "asym_int4"):
+            return "computes sym_int4 and asym_int4 only"
+        return w4a8.unavailable_reason()
+
+    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
+        super().__init__(weight, dtype)
+        mins = None if weight.mins is None else weight.mins.float()
+        self.register_buffer("packed", w4a8.pack(weight.codes, weight.scales.float(), mins), persistent=False)
+        self.group_size = self.in_features // weight.scales.shape[1]
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return w4a8.linear(x, self.packed, bias, self.out_features, self.group_size, self.format.symmetric)
+
+
+class VllmW4A8Linear(LowBitLinear):
+    """vLLM's 4-bit matmul with activations quantized to uint8 per token; it has an AMX path."""
+
+    kernel = "vllm-w4a8"
+
+    @classmethod
+    def unavailable_reason(cls, format: Format, out_features: int, in_features: int, dtype: torch.dtype) -> str | None:
+        if format.name != "sym_int4":
+            return "computes sym_int4 only"
+        if "int4_scaled_mm_cpu" not in _vllm_cpu_ops():
+            return "needs vLLM's CPU library, which has it from AVX-512 BF16 on"
+        if not torch.cpu._is_amx_tile_supported() and w4a8.unavailable_reason() is None:
+            return "is slower than w4a8 without AMX"
+        if dtype != torch.bfloat16:
+            return "computes in bfloat16 only"
+        if out_features % 64:
+            return f"{out_features} outputs are no multiple of 64"
+        return None
+
+    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
+        super().__init__(weight, dtype)
+        zeros = torch.full_like(weight.scales.t(), 8, dtype=torch.uint8)
+        # The order of a word's nibbles, and the last argument, are AWQ's.
+        order = (0, 2, 4, 6, 1, 3, 5, 7)
+        packed = torch.ops._C.convert_weight_packed_scale_zp(
+            pack_nibbles(weight.codes.t(), order),
+            pack_nibbles(zeros, order),
+            weight.scales.t().to(dtype).contiguous(),
+            0,
+        )
+        for name, tensor in zip(("packed", "zeros", "scales"), packed, strict=True):
+            self.register_buffer(name, tensor, persistent=False)
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        tokens = x.reshape(-1, self.in_features)
+        y: torch.Tensor = torch.ops._C.int4_scaled_mm_cpu(
+            tokens, self.packed, self.zeros, self.scales, None if bias is None else bias.float()
+        )
+        return y.view((*x.shape[:-1], self.out_features))
+
+
+class VllmW4A16Linear(LowBitLinear):
+    """vLLM's 4-bit matmul on float activations. Faster than bf16 at a few tokens, slower at many."""
+
+    kernel = "vllm-w4a16"
+
+    @classmethod
+    def unavailable_reason(cls, format: Format, out_features: int, in_features: int, dtype: torch.dtype) -> str | None:
+        if format.name != "sym_int4":
+            return "computes sym_int4 only"
+        if "cpu_gemm_wna16" not in _vllm_cpu_ops():
+            return "needs vLLM's CPU library"
+        if dtype == torch.float32:
+            return "computes in bfloat16 and float16 only"
+        if out_features % 32:
+            return f"{out_features} outputs are no multiple of 32"
+        return None
+
+    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
+        super().__init__(weight, dtype)
+        # Sixteen output channels, two words, lie together for all inputs.
+        words = pack_nibbles(weight.codes.t()).view(self.in_features, -1, 2).transpose(0, 1).flatten(1)
+        self.register_buffer("packed", words.contiguous(), persistent=False)
+        self.register_buffer("scales", weight.scales.t().to(dtype).contiguous(), persistent=False)
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        tokens = x.reshape(-1, self.in_features)
+        y = torch.empty((tokens.shape[0], self.out_features), dtype=x.dtype)
+        torch.ops._C.cpu_gemm_wna16(tokens, self.packed, y, self.scales, None, bias, 8, "vec")
+        return y.view((*x.shape[:-1], self.out_features))
+
+
+class DequantizingLinear(LowBitLinear):
+    """No low-bit arithmetic: each call writes the layer's weight out in x's dtype and multiplies with that."""
+
+    kernel = "dequantize"
+
+    @classmethod
+    def unavailable_reason(cls, format: Format, out_features: int, in_features: int, dtype: torch.dtype) -> str | None:
+        return None
+
+    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
+        super().__init__(weight, dtype)
+        self.register_buffer("codes", weight.codes, persistent=False)
+        self.register_buffer("scales", weight.scales, persistent=False)
+        self.register_buffer("mins", weight.mins, persistent=False)
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        y: torch.Tensor = _dequantize_linear(x, self.codes, self.scales, self.mins, bias, self.format.name)
+        return y
+
+
+@torch.library.custom_op("ipex_vllm::dequantize_linear", mutates_args=())
+def _dequantize_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    mins: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    format_name: str,
+) -> torch.Tensor:
+    weight = dequantize(QuantizedWeight(FORMATS[format_name], codes, scales, mins), x.dtype)
+    return nn.functional.linear(x, weight, bias)
+
+
+@_dequantize_linear.register_fake
+def _(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    mins: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    format_name: str,
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+# In order of preference: the first that can compute a layer does.
+KERNELS: tuple[type[LowBitLinear], ...] = (
+    OneDnnInt8Linear,
+    VllmW4A8Linear,
+    W4A8Linear,
+    VllmW4A16Linear,
+    DequantizingLinear,
+)
+
+
+def choose_kernel(format: Format, out_features: int, in_features: int, dtype: torch.dtype) -> type[LowBitLinear]:
+    """Return the fastest kernel for a layer of this format, shape and activation dtype on this machine."""
+    for kernel in KERNELS:
+        if kernel.unavailable_reason(format, out_features, in_features, dtype) is None:
+            return kernel
+    raise AssertionError("DequantizingLinear computes everything")
+
+
+def make_linear(weight: QuantizedWeight, dtype: torch.dtype) -> LowBitLinear:
+    """Pack `weight` for the chosen kernel; `dtype` is that of the activations."""
+    out_features, in_features = weight.codes.shape
+    return choose_kernel(weight.format, out_features, in_features, dtype)(weight, dtype)

@@ -1,0 +1,123 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ipex_vllm.low_bit.formats import FORMATS, Format
+from ipex_vllm.low_bit.quantize import dequantize, pack_nibbles, quantize, unpack_nibbles, unsuitable_reason
+
+QUANTIZED = [row for row in FORMATS.values() if row.kind != "dtype"]
+GGML_BLOCKS = Path(__file__).parent / "fixtures" / "ipex_llm_blocks" / "blocks.safetensors"
+
+
+def weights() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    normal = torch.randn(48, 192) * 0.02
+    outliers = normal.clone()
+    outliers[::3, ::17] *= 100
+    constant = normal.clone()
+    constant[:8], constant[8:16], constant[16:24] = 0, 0.5, -0.5
+    return {"normal": normal, "outliers": outliers, "constant": constant, "denormal": normal * 1e-38}
+
+
+def halves(data: torch.Tensor) -> torch.Tensor:
+    return data.contiguous().view(torch.float16)
+
+
+@pytest.mark.parametrize("name", ["sym_int4", "asym_int4"])
+def test_four_bits_without_search_equal_ipex_llm_bit_for_bit(name: str) -> None:
+    fixture = load_file(GGML_BLOCKS)
+    mine = quantize(fixture["weight"], FORMATS[name], search=False)
+    blocks = fixture[name]
+    scales, rest = blocks[..., :2], blocks[..., 2:]
+    if name == "asym_int4":
+        assert mine.mins is not None
+        assert torch.equal(halves(rest[..., :2]).squeeze(-1), mine.mins)
+        rest = rest[..., 2:]
+    assert torch.equal(halves(scales).squeeze(-1), mine.scales)
+    assert torch.equal(torch.cat((rest & 15, rest >> 4), -1).flatten(1), mine.codes)
+
+
+def test_eight_bits_in_groups_of_64_equal_ipex_llm_bit_for_bit() -> None:
+    fixture = load_file(GGML_BLOCKS)
+    mine = quantize(fixture["weight"], replace(FORMATS["sym_int8"], group_size=64))
+    blocks = fixture["sym_int8"]
+    assert torch.equal(blocks[..., :4].contiguous().view(torch.float32).squeeze(-1), mine.scales)
+    assert torch.equal(blocks[..., 4:].contiguous().view(torch.int8).flatten(1), mine.codes)
+
+
+@pytest.mark.parametrize("format", QUANTIZED, ids=lambda row: row.name)
+@pytest.mark.parametrize("kind", ["normal", "outliers", "constant"])
+def test_no_weight_is_further_off_than_half_a_step(format: Format, kind: str) -> None:
+    weight = weights()[kind]
+    quantized = quantize(weight, format, search=False)
+    groups = weight.view(48, quantized.scales.shape[1], -1)
+    error = (dequantize(quantized).view_as(groups) - groups).abs()
+    if format.kind == "float8":
+        mantissa = 2 if format.name == "fp8_e5m2" else 3
+        step = groups.abs() * 2.0**-mantissa + quantized.scales.unsqueeze(-1) * 2.0**-8
+    elif format.values is not None:
+        gaps = torch.tensor(format.values).diff().max()
+        # The lowest code reaches one step further than the highest, and the scale itself is rounded.
+        step = quantized.scales.float().abs().unsqueeze(-1) * gaps * (2.02 if format.symmetric else 1.02)
+    else:
+        step = quantized.scales.unsqueeze(-1) * 1.001
+    allowance = groups.abs().amax(-1, keepdim=True) * 2.0**-11
+    assert (error <= step / 2 + allowance).all()
+
+
+@pytest.mark.parametrize("name", ["sym_int4", "asym_int4", "sym_int5", "asym_int5"])
+@pytest.mark.parametrize("kind", ["normal", "outliers"])
+def test_the_scale_search_lowers_the_squared_error_at_the_same_bits(name: str, kind: str) -> None:
+    weight = weights()[kind]
+    errors = [(dequantize(quantize(weight, FORMATS[name], search=search)) - weight).square().sum() for search in (0, 1)]
+    assert errors[1] < 0.99 * errors[0]
+
+
+@pytest.mark.parametrize("format", QUANTIZED, ids=lambda row: row.name)
+def test_zeros_stay_zeros_and_denormals_stay_finite(format: Format) -> None:
+    zeros = torch.zeros(4, 128)
+    assert torch.equal(dequantize(quantize(zeros, format)), zeros)
+    assert dequantize(quantize(weights()["denormal"], format)).isfinite().all()
+
+
+@pytest.mark.parametrize("format", QUANTIZED, ids=lambda row: row.name)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
+def test_a_weight_that_no_scale_can_hold_is_refused(format: Format, bad: float) -> None:
+    weight = weights()["normal"]
+    weight[5, 7] = bad
+    if bad == 3e38 and format.group_size is None:
+        assert dequantize(quantize(weight, format)).isfinite().all()
+    else:
+        with pytest.raises(ValueError, match="not finite, or too large"):
+            quantize(weight, format)
+
+
+def test_rows_are_quantized_independently_of_how_the_weight_is_cut() -> None:
+    weight = torch.randn(700, 512)
+    whole = quantize(weight, FORMATS["sym_int4"])
+    for part in (slice(0, 1), slice(1, 2), slice(300, 700)):
+        piece = quantize(weight[part], FORMATS["sym_int4"])
+        assert torch.equal(piece.codes, whole.codes[part])
+        assert torch.equal(piece.scales, whole.scales[part])
+
+
+def test_a_group_that_does_not_divide_the_inputs_is_refused_with_both_numbers() -> None:
+    assert unsuitable_reason(FORMATS["sym_int4"], 100) == "100 inputs are no multiple of the group size 64"
+    with pytest.raises(ValueError, match=r"shape \(8, 100\): 100 inputs are no multiple"):
+        quantize(torch.zeros(8, 100), FORMATS["sym_int4"])
+
+
+def test_a_dtype_is_not_a_quantized_format() -> None:
+    with pytest.raises(ValueError, match="bf16 is a dtype"):
+        quantize(torch.zeros(8, 64), FORMATS["bf16"])
+
+
+def test_packed_nibbles_unpack_to_the_same_codes() -> None:
+    codes = torch.randint(0, 16, (3, 64), dtype=torch.uint8)
+    words = pack_nibbles(codes)
+    assert words.shape == (3, 8)
+    assert words[0, 0].item() & 15 == codes[0, 0].item()
+    assert torch.equal(unpack_nibbles(words), codes)
