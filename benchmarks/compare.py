@@ -46,6 +46,7 @@ from ipex_vllm.options import Parser
 PORTS_PER_SYSTEM = 4
 # Far from the rounds' seeds, which count up from the workload's.
 WARM_UP_SEED = 1_000_000
+WARM_UP_OUTPUT = "4"
 # After a pause caches are cold and connections closed: one request that is not kept.
 WAKE_UP = LoadOptions(prompt="16", output="4", requests=1, seed=WARM_UP_SEED)
 log = Console(stderr=True, highlight=False)
@@ -80,10 +81,11 @@ class Comparison:
         baseline = self.spec.baseline
         if baseline in self.absent:
             raise BenchmarkError(f"baseline {baseline!r}: {self.absent[baseline]}")
-        self._stage("noise", {baseline: present[baseline], TWIN: present[baseline]})
-        self._stage("main", present)
+        self._stage("noise", {baseline: present[baseline], TWIN: present[baseline]}, 0)
+        for number, names in enumerate(self.spec.groups(list(present))):
+            self._stage("main", {name: present[name] for name in names}, number * self.spec.rounds)
 
-    def _stage(self, stage: Stage, systems: Mapping[str, SystemSpec]) -> None:
+    def _stage(self, stage: Stage, systems: Mapping[str, SystemSpec], first_round: int) -> None:
         with contextlib.ExitStack() as stack:
             names = list(systems)
             residents: dict[str, RunningSystem] = {}
@@ -93,7 +95,7 @@ class Comparison:
                         residents[name] = stack.enter_context(self._started(name, systems))
                         self._warm_up(residents[name])
                         residents[name].pause()
-            for round in range(self.spec.rounds):
+            for round in range(first_round, first_round + self.spec.rounds):
                 for name in names if round % 2 == 0 else reversed(names):
                     if name in self.failed:
                         continue
@@ -132,15 +134,16 @@ class Comparison:
         return make_work(replace(options, seed=options.seed + seed_offset), self._writer)
 
     def _warm_up(self, running: RunningSystem) -> None:
-        """Run each workload once and forget it: compilation, caches, the first touch of memory."""
+        """Run each workload's prompts once and forget it: compilation, caches, the first touch of memory."""
         for workload, options in self.spec.workloads.items():
-            self._run(running, self.work(workload, WARM_UP_SEED), options, f"warming up: {workload}")
+            short = replace(options, output=WARM_UP_OUTPUT, seed=WARM_UP_SEED)
+            self._run(running, make_work(short, self._writer), short, f"warming up: {workload}")
 
     def _visit(self, stage: Stage, round: int, name: str, running: RunningSystem) -> None:
         for workload, options in self.spec.workloads.items():
             # New prompts in every round, or a prefix cache would answer; the same ones for every system.
             work = self.work(workload, round)
-            run = self._run(running, work, options, f"{stage} {round + 1}/{self.spec.rounds} {name}: {workload}")
+            run = self._run(running, work, options, f"{stage} round {round + 1}, {name}: {workload}")
             self.measurements.append(Measurement(stage, round, name, workload, run))
 
     def _run(self, running: RunningSystem, work: Work, options: LoadOptions, label: str) -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class Spec:
     resident: bool = option(
         "keep all systems in memory, all but one paused, instead of starting anew each visit", False
     )
+    at_a_time: int = option("with `resident`: systems in memory beside the baseline, the rest later; 0 is all", 0)
     roofline: bool = option("measure the machine first and give shares of the bound", True)
     metrics: tuple[str, ...] = field(
         default=("output_tps", "ttft_s.p50", "tpot_s.p50"), metadata={"help": "what is compared, the main one first"}
@@ -68,6 +70,13 @@ class Spec:
         spec._check(path)
         return spec
 
+    def groups(self, names: Sequence[str]) -> list[list[str]]:
+        """Split the systems into those that are interleaved with each other; the baseline is in every group."""
+        others = [name for name in names if name != self.baseline]
+        size = self.at_a_time if self.resident and self.at_a_time else len(others)
+        starts = range(0, len(others), size) if others else [0]
+        return [[self.baseline, *others[start : start + size]] for start in starts]
+
     def _check(self, path: Path) -> None:
         for name, system in self.systems.items():
             if system.format not in FORMATS:
@@ -76,5 +85,7 @@ class Spec:
             raise BenchmarkError(f"{path}: baseline {self.baseline!r} is none of the systems {', '.join(self.systems)}")
         if self.rounds < 2:
             raise BenchmarkError(f"{path}: rounds must be at least 2, or there is no interval")
+        if self.at_a_time < 0:
+            raise BenchmarkError(f"{path}: at_a_time must be at least 0")
         if unknown := [metric for metric in self.metrics if metric not in METRICS]:
             raise BenchmarkError(f"{path}: metric {unknown[0]!r} is none of {', '.join(METRICS)}")

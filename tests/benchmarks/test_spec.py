@@ -48,6 +48,7 @@ def test_workloads_add_to_the_common_load(tmp_path: Path) -> None:
         ({"load": {"requests": "many"}}, "workloads: one: requests must be of type int, got 'many'"),
         ({"load": {"ignore_eos": 1}}, "ignore_eos must be of type bool"),
         ({"baseline": "b"}, "baseline 'b' is none of the systems a"),
+        ({"at_a_time": -1}, "at_a_time must be at least 0"),
         ({"rounds": 1}, "rounds must be at least 2"),
         ({"rounds": True}, "rounds must be of type int"),
         ({"metrics": ["speed"]}, "metric 'speed' is none of"),
@@ -57,6 +58,15 @@ def test_bad_specs_are_one_line(tmp_path: Path, changes: dict[str, Any], complai
     with pytest.raises(BenchmarkError, match=complaint) as raised:
         read(tmp_path, **changes)
     assert "\n" not in str(raised.value)
+
+
+def test_groups_each_hold_the_baseline(tmp_path: Path) -> None:
+    systems = dict.fromkeys("abcd", GOOD["systems"]["a"])
+    everything = read(tmp_path, systems=systems, resident=True)
+    assert everything.groups(["a", "b", "c", "d"]) == [["a", "b", "c", "d"]]
+    limited = read(tmp_path, systems=systems, resident=True, at_a_time=2)
+    assert limited.groups(["a", "b", "c", "d"]) == [["a", "b", "c"], ["a", "d"]]
+    assert limited.groups(["a"]) == [["a"]]
 
 
 def test_a_missing_key_and_broken_yaml_are_one_line(tmp_path: Path) -> None:
