@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -245,3 +247,12 @@ def make_linear(weight: QuantizedWeight, dtype: torch.dtype) -> LowBitLinear:
     """Pack `weight` for the chosen kernel; `dtype` is that of the activations."""
     out_features, in_features = weight.codes.shape
     return choose_kernel(weight.format, out_features, in_features, dtype)(weight, dtype)
+
+
+def summarize(linears: Sequence[LowBitLinear]) -> Iterator[str]:
+    """One line for each pair of format and kernel in use, with what it costs where no fast kernel was found."""
+    for (format, kernel), count in Counter((linear.format.name, linear.kernel) for linear in linears).items():
+        line = f"{format}: {count} layers use the kernel {kernel}"
+        if kernel == DequantizingLinear.kernel:
+            line += ", which saves memory but no time: each call first writes the layer's weight out in full precision"
+        yield line

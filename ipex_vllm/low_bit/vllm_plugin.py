@@ -30,7 +30,7 @@ from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScalePa
 
 from ipex_vllm.low_bit.checkpoint import IPEX_LLM_MARK, MARK, from_tensors, meta_tensors
 from ipex_vllm.low_bit.formats import FORMATS, Format
-from ipex_vllm.low_bit.matmul import LowBitLinear, make_linear
+from ipex_vllm.low_bit.matmul import LowBitLinear, make_linear, summarize
 from ipex_vllm.low_bit.quantize import QuantizedWeight, quantize, unsuitable_reason
 
 # vLLM configures the loggers below its own name only.
@@ -276,28 +276,27 @@ class OpenSaved(LowBitMethod):
 
 
 class Progress:
-    """A bar over the layers being quantized, on the first rank, and at its end one line on the kernels chosen."""
+    """A bar over the layers being quantized, on the first rank, and at its end one line per kernel in use."""
 
     def __init__(self, format: Format) -> None:
         self.format = format
         self.expected = 0
         self.bar: tqdm[Any] | None = None
-        self.kernels: dict[str, int] = {}
+        self.finished: list[LowBitLinear] = []
 
     def expect_layer(self) -> None:
         self.expected += 1
 
     def finish_layer(self, linear: LowBitLinear) -> None:
         if self.bar is None:
+            is_first_rank = get_tensor_model_parallel_rank() == 0
             self.bar = tqdm(
-                total=self.expected,
-                desc=f"Quantizing to {self.format.name}",
-                unit="layer",
-                disable=get_tensor_model_parallel_rank() != 0,
+                total=self.expected, desc=f"Loading {self.format.name}", unit="layer", disable=not is_first_rank
             )
         self.bar.update()
-        self.kernels[linear.kernel] = self.kernels.get(linear.kernel, 0) + 1
-        if sum(self.kernels.values()) == self.expected:
+        self.finished.append(linear)
+        if len(self.finished) == self.expected:
             self.bar.close()
-            for kernel, count in self.kernels.items():
-                logger.info("%s: %d layers use the kernel %s", self.format.name, count, kernel)
+            for line in summarize(self.finished):
+                logger.info("%s", line)
+            self.finished.clear()

@@ -1,0 +1,81 @@
+import logging
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ipex_vllm.low_bit.formats import FORMATS
+from ipex_vllm.low_bit.hf import HfLowBitLinear, quantize_model
+from ipex_vllm.low_bit.quantize import dequantize, quantize
+
+
+def llama(**changes: int | bool) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = {
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 320,
+        "attention_bias": True,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**config, **changes})).to(torch.bfloat16).eval()
+
+
+def with_dequantized_weights(model: LlamaForCausalLM, name: str) -> LlamaForCausalLM:
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            weight = dequantize(quantize(module.weight.detach(), FORMATS[name]), torch.bfloat16)
+            module.weight = nn.Parameter(weight)
+    return model
+
+
+@pytest.mark.parametrize("name", ["sym_int4", "asym_int4", "sym_int8", "fp8_e4m3", "nf4"])
+def test_a_quantized_model_computes_what_its_dequantized_weights_do(name: str) -> None:
+    expected, model = with_dequantized_weights(llama(), name), quantize_model(llama(), name)
+    linears = [module for module in model.modules() if isinstance(module, HfLowBitLinear)]
+    assert len(linears) == 2 * 7 + 1
+    tokens = torch.arange(40).view(2, 20)
+    with torch.inference_mode():
+        difference = model(tokens).logits.float() - expected(tokens).logits.float()
+        # What is left is the rounding of the activations.
+        assert difference.norm() < 0.03 * expected(tokens).logits.float().norm()
+
+
+def test_a_tied_head_is_quantized_and_its_embedding_is_not() -> None:
+    model = quantize_model(llama(tie_word_embeddings=True), "sym_int4")
+    assert isinstance(model.lm_head, HfLowBitLinear)
+    assert model.model.embed_tokens.weight.dtype == torch.bfloat16
+    assert torch.equal(model.model.embed_tokens.weight, llama(tie_word_embeddings=True).model.embed_tokens.weight)
+
+
+def test_a_layer_whose_inputs_no_group_divides_stays_as_it_is_and_one_line_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = quantize_model(llama(intermediate_size=200), "sym_int4")
+    down = model.model.layers[0].mlp.down_proj
+    assert type(down) is nn.Linear
+    lines = [record.message for record in caplog.records if "layers.0.mlp.down_proj" in record.message]
+    assert lines == [
+        "model.layers.0.mlp.down_proj stays in torch.bfloat16: 200 inputs are no multiple of the group size 64"
+    ]
+
+
+def test_the_kernels_in_use_are_logged_and_a_slow_one_says_what_it_costs(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        quantize_model(llama(), "nf4")
+    assert "nf4: 15 layers use the kernel dequantize, which saves memory but no time" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_a_dtype_format_only_changes_the_dtype(name: str, dtype: torch.dtype) -> None:
+    model = quantize_model(llama().float(), name)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert type(model.lm_head) is nn.Linear
+
+
+def test_a_format_without_a_kernel_on_the_device_is_refused() -> None:
+    with pytest.raises(ValueError, match="sym_int4 on a Transformers model runs on the CPU only"):
+        quantize_model(llama(), "sym_int4", "xpu")
