@@ -7,15 +7,17 @@ another folder in the tests.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ipex_vllm.engine import EngineError
+from ipex_vllm.low_bit.formats import resolve
 from ipex_vllm.options import WorkerOptions
 
 GIB = 1 << 30
@@ -48,8 +50,9 @@ class LogicalCpu:
 class Machine:
     """Facts about this machine, as this process may use them. Memory in bytes.
 
-    `node_available` is what the fullest NUMA node has left. On a virtual machine whose memory grows as it is used, it
-    can be far below `memory_available`, and vLLM refuses a KV cache that is larger.
+    `quota_cores` is the time that the cgroup grants, in CPUs. `node_available` is what each NUMA node has left. On a
+    virtual machine whose memory grows as it is used, it can be far below `memory_available`, and vLLM refuses a KV
+    cache that is larger. `iomp` and `tcmalloc` are paths of libraries.
     """
 
     name: str
@@ -58,7 +61,7 @@ class Machine:
     isa: tuple[str, ...]
     memory_total: int
     memory_available: int
-    node_available: int
+    node_available: Mapping[int, int]
     iomp: str | None
     tcmalloc: str | None
 
@@ -69,9 +72,8 @@ class Machine:
         flags = set(_field(cpuinfo, "flags").split())
         meminfo = (root / "proc/meminfo").read_text()
         total, available = (_kib(meminfo, name) for name in ("MemTotal", "MemAvailable"))
-        limit, used = _cgroup_memory(root)
-        if limit is not None and limit < total:
-            total, available = limit, min(available, limit - used)
+        for limit, left in _cgroup_memory(root):
+            total, available = min(total, limit), min(available, left)
         return cls(
             name=_field(cpuinfo, "model name") or platform.machine(),
             cpus=tuple(_logical_cpus(root, os.sched_getaffinity(0) if allowed is None else allowed)),
@@ -79,7 +81,7 @@ class Machine:
             isa=tuple(flag for flag in ISA_FLAGS if flag in flags),
             memory_total=total,
             memory_available=max(available, 0),
-            node_available=max(min([available, *_node_available(root)]), 0),
+            node_available=_node_available(root),
             iomp=_first(Path(sys.prefix if prefix is None else prefix) / "lib", "libiomp5.so"),
             tcmalloc=_first(root / "usr/lib", "*/libtcmalloc_minimal.so.4", "libtcmalloc_minimal.so.4")
             or _first(root / "usr/lib64", "libtcmalloc_minimal.so.4"),
@@ -88,9 +90,19 @@ class Machine:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a model directory tells before it is loaded; None where it does not (a name to be fetched, say)."""
+    """What a model directory tells before it is loaded; None where it does not (a name to be fetched, say).
+
+    Attributes:
+        weight_bytes: the checkpoint's size.
+        embedding_bytes: the share of it that stays as it is when the rest is quantized.
+        is_quantized: the checkpoint holds quantized weights, which are loaded as they are.
+        kv_bytes_per_token: keys and values of all layers, in 16 bits.
+        max_position: the longest context that the model was made for, in tokens.
+    """
 
     weight_bytes: int | None = None
+    embedding_bytes: int = 0
+    is_quantized: bool = False
     kv_bytes_per_token: int | None = None
     max_position: int | None = None
 
@@ -101,17 +113,36 @@ class ModelFacts:
             config = json.loads((folder / "config.json").read_text())
         except (OSError, ValueError):
             return cls()
-        files = list(folder.glob("*.safetensors")) or list(folder.glob("pytorch_model*.bin"))
-        heads = config.get("num_attention_heads")
-        kv_heads = config.get("num_key_value_heads", heads)
-        head_dim = config.get("head_dim") or (config["hidden_size"] // heads if heads else None)
+        # Some repositories hold the weights twice, under the second name as well.
+        patterns = ("model*.safetensors", "*.safetensors", "pytorch_model*.bin")
+        files = next((files for pattern in patterns if (files := list(folder.glob(pattern)))), [])
+        hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+        kv_heads = config.get("num_key_value_heads") or heads
+        head_dim = config.get("head_dim") or (hidden // heads if hidden and heads else None)
         layers = config.get("num_hidden_layers")
         is_plain = all(isinstance(value, int) for value in (layers, kv_heads, head_dim))
         return cls(
             weight_bytes=sum(file.stat().st_size for file in files) or None,
+            embedding_bytes=2 * config.get("vocab_size", 0) * (hidden or 0),
+            is_quantized="quantization_config" in config,
             kv_bytes_per_token=2 * layers * kv_heads * head_dim * 2 if is_plain else None,
             max_position=config.get("max_position_embeddings"),
         )
+
+    def loaded_bytes(self, low_bit: str | None) -> int | None:
+        """Memory that the weights take. Raises EngineError for an unknown format."""
+        try:
+            format = None if low_bit is None else resolve(low_bit)
+        except ValueError as error:
+            raise EngineError(f"--low-bit: {error}") from error
+        if self.weight_bytes is None or format is None or self.is_quantized:
+            return self.weight_bytes
+        if format.kind == "dtype":
+            return self.weight_bytes * format.bits // 16
+        # Codes of 5 and 6 bits take a byte; scales and minima at most a sixteenth of one for each weight.
+        bits = 4.5 if format.bits == 4 else 8.5
+        quantized = max(self.weight_bytes - self.embedding_bytes, 0)
+        return self.weight_bytes - quantized + int(quantized * bits / 16)
 
 
 @dataclass
@@ -136,9 +167,11 @@ def preload_and_reexecute(machine: Machine) -> None:
     The dynamic linker reads LD_PRELOAD when a process starts, so this comes before anything heavy is imported.
     """
     loaded = os.environ.get("LD_PRELOAD", "")
-    # A second OpenMP runtime beside the user's own choice would be worse than none.
-    iomp = None if "libgomp" in loaded or "libomp" in loaded else machine.iomp
-    missing = [path for path in (machine.tcmalloc, iomp) if path and Path(path).name not in loaded]
+    # A second OpenMP runtime or allocator beside the user's own choice would be worse than none.
+    has_openmp = any(name in loaded for name in ("libiomp", "libgomp", "libomp"))
+    has_malloc = "malloc" in loaded
+    candidates = ((machine.tcmalloc, has_malloc), (machine.iomp, has_openmp))
+    missing = [path for path, is_there in candidates if path and not is_there]
     if missing:
         os.environ["LD_PRELOAD"] = ":".join([*missing, *filter(None, [loaded])])
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -149,18 +182,8 @@ def make_plan(
 ) -> Plan:
     """Choose the settings. Raises EngineError, with the figures, when the model does not fit in the free memory."""
     rank_cores, cores_reason = _choose_cores(machine, options.cores, num_ranks)
-    kv_cache_bytes, kv_reason = _choose_kv_cache(machine, options, model, num_ranks, max_model_len)
+    kv_cache_bytes, kv_reason = _choose_kv_cache(machine, options, model, rank_cores, max_model_len)
     use_compile, compile_reason = _choose_compile(options, model)
-    preloaded = os.environ.get("LD_PRELOAD", "")
-    libraries = [Path(path).name for path in (machine.iomp, machine.tcmalloc) if path and path in preloaded]
-    absent = [
-        advice
-        for path, advice in (
-            (machine.iomp, "libiomp5.so (pip install intel-openmp)"),
-            (machine.tcmalloc, "tcmalloc (apt install libtcmalloc-minimal4)"),
-        )
-        if not path
-    ]
     shown_cores = " | ".join(",".join(map(str, cores)) for cores in rank_cores)
     return Plan(
         rank_cores,
@@ -170,12 +193,30 @@ def make_plan(
             f"machine: {machine.name}; {', '.join(machine.isa) or 'no vector extension'}; "
             f"{machine.memory_available / GIB:.1f} of {machine.memory_total / GIB:.1f} GiB free",
             f"cores: {shown_cores} ({cores_reason})",
-            f"preload: {', '.join(libraries) or 'nothing'}"
-            + (f" (not installed: {', '.join(absent)})" if absent else ""),
+            f"preload: {_describe_preload(machine, options)}",
             f"KV cache: {kv_cache_bytes / GIB:.2f} GiB" + (" a rank" if num_ranks > 1 else "") + f" ({kv_reason})",
             f"mode: {'torch.compile' if use_compile else 'eager'} ({compile_reason})",
         ],
     )
+
+
+def _describe_preload(machine: Machine, options: WorkerOptions) -> str:
+    loaded = os.environ.get("LD_PRELOAD", "").replace(":", " ").split()
+    absent = [
+        advice
+        for path, advice in (
+            (machine.iomp, "libiomp5.so (pip install intel-openmp)"),
+            (machine.tcmalloc, "tcmalloc (apt install libtcmalloc-minimal4)"),
+        )
+        if not path
+    ]
+    if not options.preload:
+        reason = "switched off with --no-preload"
+    elif absent:
+        reason = f"not installed: {', '.join(absent)}"
+    else:
+        reason = "threads wait and allocate faster than with the system's own libraries"
+    return f"{', '.join(Path(path).name for path in loaded) or 'nothing'} ({reason})"
 
 
 def _choose_cores(machine: Machine, chosen: str | None, num_ranks: int) -> tuple[tuple[tuple[int, ...], ...], str]:
@@ -191,7 +232,8 @@ def _choose_cores(machine: Machine, chosen: str | None, num_ranks: int) -> tuple
     by_node: dict[int, dict[tuple[int, int], int]] = defaultdict(dict)
     for cpu in machine.cpus:
         by_node[cpu.node].setdefault(cpu.core, cpu.id)  # one logical CPU for each physical core
-    nodes = [sorted(cores.values()) for _, cores in sorted(by_node.items())]
+    # The largest first: a process may be confined to one node and a few CPUs of another.
+    nodes = sorted((sorted(cores.values()) for _, cores in sorted(by_node.items())), key=len, reverse=True)
     num_cores = sum(map(len, nodes))
     reasons = [f"{num_cores} physical cores on {len(nodes)} NUMA node(s)"]
     if len(nodes) >= num_ranks:
@@ -206,38 +248,49 @@ def _choose_cores(machine: Machine, chosen: str | None, num_ranks: int) -> tuple
         reasons.append(f"the cgroup allows {machine.quota_cores:g} CPUs")
     elif len(ranks[0]) >= MIN_CORES_TO_RESERVE_ONE:
         ranks = [cores[:-1] for cores in ranks]
-        reasons.append("one spared for the server")
+        reasons.append("one spared for the server" if num_ranks == 1 else "one of each rank spared for the server")
     else:
         reasons.append("all compute, the server shares them")
     return tuple(tuple(cores) for cores in ranks), "; ".join(reasons)
 
 
 def _choose_kv_cache(
-    machine: Machine, options: WorkerOptions, model: ModelFacts, num_ranks: int, max_model_len: int | None
+    machine: Machine,
+    options: WorkerOptions,
+    model: ModelFacts,
+    rank_cores: Sequence[Sequence[int]],
+    max_model_len: int | None,
 ) -> tuple[int, str]:
+    num_ranks = len(rank_cores)
+    weight_bytes = model.loaded_bytes(options.low_bit)
     if options.kv_cache_gib is not None:
-        if options.kv_cache_gib <= 0:
+        if not 0 < options.kv_cache_gib < math.inf:
             raise EngineError("--kv-cache-gib must be above 0")
         return int(options.kv_cache_gib * GIB), "chosen with --kv-cache-gib"
-    if model.weight_bytes is None or model.kv_bytes_per_token is None:
+    if weight_bytes is None or model.kv_bytes_per_token is None:
         size = min(KV_CACHE_DEFAULT_BYTES, int(machine.memory_available * KV_CACHE_SHARE / 2)) // num_ranks
         return size, "the model's size is not known yet; --kv-cache-gib changes it"
-    free = machine.memory_available - model.weight_bytes - PROCESS_MEMORY_BYTES
+    free = machine.memory_available - weight_bytes - PROCESS_MEMORY_BYTES
     context = max_model_len or model.max_position or 2048
     one_sequence = context * model.kv_bytes_per_token
     size = min(int(free * KV_CACHE_SHARE), one_sequence * KV_CACHE_MAX_SEQUENCES)
-    size = max(min(size, machine.node_available - model.weight_bytes), min(size, one_sequence))
+    # A rank takes its memory from the node of its cores.
+    first_cores = {cores[0] for cores in rank_cores}
+    nodes = {cpu.node for cpu in machine.cpus if cpu.id in first_cores}
+    on_nodes = len(nodes) * min(machine.node_available.get(node, machine.memory_available) for node in nodes)
+    # One sequence may take all that is free, whatever the nodes count: less would be of no use.
+    size = max(min(size, on_nodes - weight_bytes), min(free, one_sequence))
     if size < one_sequence:
         raise EngineError(
             f"too little memory: {machine.memory_available / GIB:.1f} GiB free, "
-            f"{model.weight_bytes / GIB:.1f} GiB weights, {PROCESS_MEMORY_BYTES / GIB:.1f} GiB for the processes, "
-            f"and one sequence of {context} tokens needs "
-            f"{one_sequence / GIB:.2f} GiB of KV cache. Free memory, shorten --max-model-len, or set --kv-cache-gib."
+            f"{weight_bytes / GIB:.1f} GiB weights, {PROCESS_MEMORY_BYTES / GIB:.1f} GiB for the processes, "
+            f"and one sequence of {context} tokens needs {one_sequence / GIB:.2f} GiB of KV cache. "
+            "Free memory, shorten --max-model-len, or set --kv-cache-gib."
         )
     tokens = size // model.kv_bytes_per_token
     return size // num_ranks, (
         f"{tokens} tokens, {tokens / context:.0f} sequences of {context}; "
-        f"{free / GIB:.1f} GiB are free after {model.weight_bytes / GIB:.1f} GiB of weights"
+        f"{free / GIB:.1f} GiB are free after {weight_bytes / GIB:.1f} GiB of weights"
     )
 
 
@@ -260,8 +313,8 @@ def _parse_cpu_list(text: str) -> tuple[int, ...]:
     try:
         cpus: list[int] = []
         for part in text.split(","):
-            first, _, last = part.partition("-")
-            cpus.extend(range(int(first), int(last or first) + 1))
+            first, dash, last = part.partition("-")
+            cpus.extend(range(int(first), int(last if dash else first) + 1))
     except ValueError:
         cpus = []
     if not cpus:
@@ -288,32 +341,60 @@ def _logical_cpus(root: Path, allowed: Iterable[int]) -> Iterable[LogicalCpu]:
         yield LogicalCpu(cpu, core, nodes.get(cpu, 0))
 
 
-def _node_available(root: Path) -> Iterable[int]:
+def _node_available(root: Path) -> dict[int, int]:
     """Bytes that each NUMA node can still give, counted as vLLM counts them."""
+    available = {}
     for path in (root / "sys/devices/system/node").glob("node[0-9]*/meminfo"):
         fields = {line.split()[2].rstrip(":"): int(line.split()[3]) for line in path.read_text().splitlines()}
-        yield 1024 * sum(fields[name] for name in ("MemFree", "Active(file)", "Inactive(file)", "SReclaimable"))
+        kib = sum(fields[name] for name in ("MemFree", "Active(file)", "Inactive(file)", "SReclaimable"))
+        available[int(path.parent.name.removeprefix("node"))] = kib * 1024
+    return available
 
 
-def _cgroup_memory(root: Path) -> tuple[int | None, int]:
-    """Return (limit, used) in bytes of this process' cgroup, version 2 or 1; the limit is None where there is none."""
-    for limit_file, used_file in (
-        ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"),
-        ("sys/fs/cgroup/memory/memory.limit_in_bytes", "sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            return int((root / limit_file).read_text()), int((root / used_file).read_text())
-        except (OSError, ValueError):  # absent, or "max"
-            continue
-    return None, 0
+def _cgroup_memory(root: Path) -> Iterator[tuple[int, int]]:
+    """For each memory limit on this process, what it is and what is left of it, in bytes.
+
+    The kernel gives the page cache up before it enforces a limit, so that counts as left.
+    """
+    for folder in _cgroup_folders(root, "memory"):
+        for limit_file, used_file, prefix in (
+            ("memory.max", "memory.current", ""),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+        ):
+            limit = _read(folder / limit_file).strip()
+            if limit.isdecimal():  # and not "max"
+                stat = dict(line.split() for line in _read(folder / "memory.stat").splitlines())
+                cache = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+                yield int(limit), int(limit) - int(_read(folder / used_file)) + cache
 
 
 def _cgroup_cpu_quota(root: Path) -> float | None:
+    """The smallest CPU quota on this process, in CPUs."""
+    quotas = []
+    for folder in _cgroup_folders(root, "cpu"):
+        quota = (_read(folder / "cpu.max") or _read(folder / "cpu.cfs_quota_us")).split()
+        if quota and quota[0].isdecimal():  # and neither "max" nor -1
+            period = quota[1] if len(quota) > 1 else _read(folder / "cpu.cfs_period_us")
+            quotas.append(int(quota[0]) / int(period))
+    return min(quotas, default=None)
+
+
+def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
+    """The folders of this process' cgroup and of those around it, version 1 and 2. A container does not show all."""
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers or controller in controllers.split(","):
+            top = root / "sys/fs/cgroup" / (controller if controllers else "")
+            folder = top / path.lstrip("/")
+            yield from (each for each in (folder, *folder.parents) if each.is_relative_to(top))
+
+
+def _read(path: Path) -> str:
+    """The file's text, or nothing where there is no such file."""
     try:
-        quota, period = (root / "sys/fs/cgroup/cpu.max").read_text().split()
-        return int(quota) / int(period)
-    except (OSError, ValueError):  # absent, or "max 100000"
-        return None
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def _field(text: str, name: str) -> str:

@@ -1,0 +1,557 @@
+"""What a worker finds out about a machine, and what it makes of that. The machines are folders of /proc and /sys."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from ipex_vllm import cpu
+from ipex_vllm.cpu import GIB, Machine, ModelFacts, make_plan, preload_and_reexecute
+from ipex_vllm.engine import EngineError
+from ipex_vllm.options import WorkerOptions
+
+# (package, core, NUMA node) of each logical CPU.
+Topology = list[tuple[int, int, int]]
+
+
+@dataclass
+class FakeRoot:
+    """Writes the files of a machine below `path`, in the kernel's own formats. Memory in GiB."""
+
+    path: Path
+    topology: Topology
+    name: str = "Intel(R) Xeon(R) Processor"
+    flags: str = "fpu sse4_2 avx2"
+    total: float = 64
+    available: float = 60
+    node_free: dict[int, float] = field(default_factory=dict)
+    shows_topology: bool = True
+
+    def __post_init__(self) -> None:
+        for cpu_id, (package, core, node) in enumerate(self.topology):
+            if self.shows_topology:
+                folder = f"sys/devices/system/cpu/cpu{cpu_id}"
+                self.write(f"{folder}/topology/physical_package_id", f"{package}\n")
+                self.write(f"{folder}/topology/core_id", f"{core}\n")
+                (self.path / f"sys/devices/system/node/node{node}/cpu{cpu_id}").mkdir(parents=True)
+        for node, free in self.node_free.items():
+            self.write(f"sys/devices/system/node/node{node}/meminfo", node_meminfo(node, free))
+        cpuinfo = (f"processor\t: {i}\nmodel name\t: {self.name}\nflags\t\t: {self.flags}\n" for i in self.cpu_ids)
+        self.write("proc/cpuinfo", "\n".join(cpuinfo))
+        self.set_available(self.available)
+        self.write("proc/self/cgroup", "0::/\n")
+
+    @property
+    def cpu_ids(self) -> range:
+        return range(len(self.topology))
+
+    def write(self, name: str, text: str) -> None:
+        (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (self.path / name).write_text(text)
+
+    def set_available(self, gib: float) -> None:
+        kib = {"MemTotal": self.total, "MemFree": gib / 2, "MemAvailable": gib}
+        self.write("proc/meminfo", "".join(f"{name}:   {int(size * GIB / 1024)} kB\n" for name, size in kib.items()))
+
+    def probe(self, allowed: set[int] | None = None) -> Machine:
+        return Machine.probe(self.path, self.cpu_ids if allowed is None else allowed, prefix=self.path / "venv")
+
+    def install(self, *names: str) -> None:
+        folders = {"libiomp5.so": "venv/lib", "libtcmalloc_minimal.so.4": "usr/lib/x86_64-linux-gnu"}
+        for name in names:
+            self.write(f"{folders[name]}/{name}", "")
+
+
+def node_meminfo(node: int, free: float) -> str:
+    """As the kernel writes it; half of what is free is page cache."""
+    kib = int(free * GIB / 1024)
+    fields = {"MemTotal": 2 * kib, "MemFree": kib // 2, "Active(anon)": kib, "Inactive(anon)": kib}
+    fields |= {"Active(file)": kib // 4, "Inactive(file)": kib // 8, "SReclaimable": kib // 8}
+    return "".join(f"Node {node} {name}: {size:8} kB\n" for name, size in fields.items())
+
+
+def cores(count: int) -> Topology:
+    return [(0, core, 0) for core in range(count)]
+
+
+@pytest.fixture
+def small_box(tmp_path: Path) -> FakeRoot:
+    """2 cores of a virtual Ice Lake Xeon, 24 GiB."""
+    flags = "avx2 avx512f avx512_vnni"
+    return FakeRoot(tmp_path / "small", cores(2), flags=flags, total=24, available=20, node_free={0: 18})
+
+
+@pytest.fixture
+def dual_xeon(tmp_path: Path) -> FakeRoot:
+    """2 sockets of 32 cores with SMT; the kernel counts the first thread of each core of both sockets first."""
+    threads = [(socket, core, socket) for socket in (0, 1) for core in range(32)] * 2
+    flags = "avx2 avx512f avx512_vnni avx512_bf16 amx_bf16 amx_tile amx_int8"
+    free = {0: 250.0, 1: 240.0}
+    return FakeRoot(tmp_path / "xeon", threads, "Intel(R) Xeon(R) Platinum 8462Y+", flags, 512, 490, free)
+
+
+@pytest.fixture
+def hybrid_desktop(tmp_path: Path) -> FakeRoot:
+    """8 performance cores of 2 threads and 8 efficiency cores of one."""
+    threads = [(0, 4 * (i // 2), 0) for i in range(16)] + [(0, 32 + i, 0) for i in range(8)]
+    return FakeRoot(
+        tmp_path / "desktop", threads, "13th Gen Intel(R) Core(TM) i7-13700K", "avx2 avx_vnni", 64, 50, {0: 45}
+    )
+
+
+MODEL_1B = ModelFacts(2_200_000_000, 131_072_000, False, 22_528, 2048)
+MODEL_8B = ModelFacts(16 * GIB, GIB, False, 131_072, 8192)
+TEN_GIB_CACHE = WorkerOptions(kv_cache_gib=10)  # for tests of other decisions
+
+
+def rank_cores(machine: Machine, num_ranks: int = 1, **options: object) -> tuple[tuple[int, ...], ...]:
+    return make_plan(machine, replace(TEN_GIB_CACHE, **options), MODEL_1B, num_ranks).rank_cores
+
+
+def line(plan: cpu.Plan, subject: str) -> str:
+    return next(text for text in plan.lines if text.startswith(f"{subject}: "))
+
+
+# Facts
+
+
+def test_this_machine_can_be_read():
+    machine = Machine.probe()
+    assert {each.id for each in machine.cpus} == os.sched_getaffinity(0)
+    assert 0 <= machine.memory_available <= machine.memory_total
+    assert machine.memory_total > 0
+    assert machine.name
+
+
+def test_a_machine_is_what_its_files_say(dual_xeon):
+    machine = dual_xeon.probe()
+    assert machine.name == "Intel(R) Xeon(R) Platinum 8462Y+"
+    assert machine.isa == ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+    assert len(machine.cpus) == 128
+    assert len({each.core for each in machine.cpus}) == 64
+    assert (machine.memory_total, machine.memory_available) == (512 * GIB, 490 * GIB)
+    assert machine.node_available == {0: 250 * GIB, 1: 240 * GIB}
+    assert machine.quota_cores is None
+    assert (machine.iomp, machine.tcmalloc) == (None, None)
+
+
+def test_a_desktop_has_avx_vnni_and_no_avx512(hybrid_desktop):
+    assert hybrid_desktop.probe().isa == ("avx2", "avx_vnni")
+
+
+def test_the_libraries_to_preload_are_found(small_box):
+    small_box.install("libiomp5.so", "libtcmalloc_minimal.so.4")
+    machine = small_box.probe()
+    assert machine.iomp == str(small_box.path / "venv/lib/libiomp5.so")
+    assert machine.tcmalloc == str(small_box.path / "usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4")
+
+
+def test_version_2_cgroup_limits(small_box):
+    small_box.write("sys/fs/cgroup/memory.max", f"{8 * GIB}\n")
+    small_box.write("sys/fs/cgroup/memory.current", f"{7 * GIB}\n")
+    small_box.write("sys/fs/cgroup/memory.stat", f"anon {GIB}\nactive_file {2 * GIB}\ninactive_file {4 * GIB}\n")
+    small_box.write("sys/fs/cgroup/cpu.max", "150000 100000\n")
+    machine = small_box.probe()
+    # The 6 GiB of page cache, such as a model file that was read, make way.
+    assert (machine.memory_total, machine.memory_available) == (8 * GIB, 7 * GIB)
+    assert machine.quota_cores == 1.5
+
+
+def test_version_1_cgroup_limits(small_box):
+    small_box.write("proc/self/cgroup", "5:cpuacct,cpu:/docker/abc\n4:memory:/docker/abc\n0::/\n")
+    # A container sees its own cgroup as the top.
+    small_box.write("sys/fs/cgroup/memory/memory.limit_in_bytes", f"{8 * GIB}\n")
+    small_box.write("sys/fs/cgroup/memory/memory.usage_in_bytes", f"{3 * GIB}\n")
+    small_box.write("sys/fs/cgroup/memory/memory.stat", f"inactive_file 1\ntotal_inactive_file {GIB}\n")
+    small_box.write("sys/fs/cgroup/cpu/cpu.cfs_quota_us", "300000\n")
+    small_box.write("sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n")
+    machine = small_box.probe()
+    assert (machine.memory_total, machine.memory_available) == (8 * GIB, 6 * GIB)
+    assert machine.quota_cores == 3
+
+
+def test_no_limit_is_no_limit(small_box):
+    free = small_box.probe()
+    small_box.write("proc/self/cgroup", "5:cpu:/\n4:memory:/\n0::/\n")
+    small_box.write("sys/fs/cgroup/memory.max", "max\n")
+    small_box.write("sys/fs/cgroup/cpu.max", "max 100000\n")
+    small_box.write("sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n")
+    small_box.write("sys/fs/cgroup/memory/memory.usage_in_bytes", f"{3 * GIB}\n")
+    small_box.write("sys/fs/cgroup/cpu/cpu.cfs_quota_us", "-1\n")
+    assert small_box.probe() == free
+
+
+def test_the_limits_of_a_service_and_of_what_it_is_part_of(small_box):
+    """As systemd sets them with MemoryMax= and CPUQuota=: no container, a folder for each service."""
+    small_box.write("proc/self/cgroup", "0::/models.slice/worker.service\n")
+    for folder, limit, used, quota in (
+        ("models.slice", 10, 9, "400000 100000"),
+        ("models.slice/worker.service", 12, 2, "max 100000"),
+    ):
+        small_box.write(f"sys/fs/cgroup/{folder}/memory.max", str(limit * GIB))
+        small_box.write(f"sys/fs/cgroup/{folder}/memory.current", str(used * GIB))
+        small_box.write(f"sys/fs/cgroup/{folder}/cpu.max", quota)
+    machine = small_box.probe()
+    assert (machine.memory_total, machine.memory_available) == (10 * GIB, 1 * GIB)
+    assert machine.quota_cores == 4
+
+
+def test_a_box_that_hides_its_topology(tmp_path):
+    box = FakeRoot(tmp_path, cores(4), shows_topology=False)
+    (tmp_path / "proc/self/cgroup").unlink()
+    machine = box.probe()
+    assert rank_cores(machine) == ((0, 1, 2, 3),)
+    assert make_plan(machine, WorkerOptions(), MODEL_1B).kv_cache_bytes > GIB
+
+
+# Cores
+
+
+def test_smt_siblings_stay_idle_and_one_core_serves(dual_xeon):
+    plan = make_plan(dual_xeon.probe(), TEN_GIB_CACHE, MODEL_1B)
+    assert plan.rank_cores == (tuple(range(31)),)
+    assert "64 physical cores on 2 NUMA node(s)" in line(plan, "cores")
+    assert "one spared for the server" in line(plan, "cores")
+    assert "--tensor-parallel-size 2 would use all" in line(plan, "cores")
+
+
+def test_ranks_get_a_numa_node_each(dual_xeon):
+    assert rank_cores(dual_xeon.probe(), 2) == (tuple(range(31)), tuple(range(32, 63)))
+
+
+def test_more_ranks_than_nodes_share_the_nodes(dual_xeon):
+    ranks = rank_cores(dual_xeon.probe(), 4)
+    assert ranks == tuple(tuple(range(first, first + 15)) for first in (0, 16, 32, 48))
+
+
+def test_two_cores_lose_none(small_box):
+    plan = make_plan(small_box.probe(), TEN_GIB_CACHE, MODEL_1B)
+    assert plan.rank_cores == ((0, 1),)
+    assert "all compute" in line(plan, "cores")
+    assert rank_cores(small_box.probe(), 2) == ((0,), (1,))
+
+
+@pytest.mark.parametrize(("count", "computing"), [(1, 1), (7, 7), (8, 7), (16, 15)])
+def test_a_core_is_spared_from_eight_on(tmp_path, count, computing):
+    assert len(rank_cores(FakeRoot(tmp_path, cores(count)).probe())[0]) == computing
+
+
+def test_efficiency_cores_compute_too(hybrid_desktop):
+    assert rank_cores(hybrid_desktop.probe()) == ((0, 2, 4, 6, 8, 10, 12, 14, *range(16, 23)),)
+
+
+def test_more_ranks_than_cores_take_turns(small_box):
+    assert rank_cores(small_box.probe(), 3) == ((0,), (1,), (0,))
+
+
+@pytest.mark.parametrize(
+    ("quota", "num_ranks", "computing"), [(4.0, 1, 4), (2.5, 1, 2), (0.5, 1, 1), (64.0, 1, 31), (8.0, 2, 4)]
+)
+def test_a_cpu_quota_is_not_exceeded(dual_xeon, quota, num_ranks, computing):
+    machine = replace(dual_xeon.probe(), quota_cores=quota)
+    plan = make_plan(machine, TEN_GIB_CACHE, MODEL_1B, num_ranks)
+    assert [len(rank) for rank in plan.rank_cores] == [computing] * num_ranks
+    assert (f"the cgroup allows {quota:g} CPUs" in line(plan, "cores")) == (quota < 31)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "computing"),
+    [
+        ({3}, (3,)),
+        ({3, 67}, (3,)),  # two threads of one core
+        ({67, 68}, (67, 68)),
+        ({0, 40, 41, 42}, (40, 41, 42)),  # most of them on the second node
+    ],
+)
+def test_only_cpus_that_the_process_may_use_compute(dual_xeon, allowed, computing):
+    assert rank_cores(dual_xeon.probe(allowed)) == (computing,)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "num_ranks", "expected"),
+    [
+        ("0-3", 1, ((0, 1, 2, 3),)),
+        ("5,3,64-65", 1, ((5, 3, 64, 65),)),
+        ("0-3", 2, ((0, 1), (2, 3))),
+        ("0-2|32-34", 2, ((0, 1, 2), (32, 33, 34))),
+        ("0-1|2-3", 1, ((0, 1, 2, 3),)),
+    ],
+)
+def test_cores_can_be_chosen(dual_xeon, chosen, num_ranks, expected):
+    plan = make_plan(dual_xeon.probe(), replace(TEN_GIB_CACHE, cores=chosen), MODEL_1B, num_ranks)
+    assert plan.rank_cores == expected
+    assert "chosen with --cores" in line(plan, "cores")
+
+
+@pytest.mark.parametrize("wrong", ["", "a", "0-", "-1", "3-1", "0||1", "0;1"])
+def test_a_wrong_list_of_cores_is_one_line(small_box, wrong):
+    with pytest.raises(EngineError, match=r"^--cores .*expected a list such as .*$"):
+        rank_cores(small_box.probe(), cores=wrong)
+
+
+def test_a_core_that_is_not_there_is_named(small_box):
+    with pytest.raises(EngineError, match=r"^--cores 0-2: this process may not use CPU 2; it has 0,1$"):
+        rank_cores(small_box.probe(), cores="0-2")
+
+
+# KV cache
+
+
+def kv_cache(machine: Machine, model: ModelFacts = MODEL_8B, num_ranks: int = 1, **options: object) -> int:
+    return make_plan(machine, WorkerOptions(**options), model, num_ranks).kv_cache_bytes
+
+
+def test_the_kv_cache_is_a_share_of_what_is_free(hybrid_desktop):
+    plan = make_plan(hybrid_desktop.probe(), WorkerOptions(), MODEL_8B)
+    # 50 GiB less 16 of weights and 2 for the processes; of the 32 that are left, 40 %.
+    assert plan.kv_cache_bytes == int(0.4 * 32 * GIB)
+    assert "12.80 GiB" in line(plan, "KV cache")
+    assert "104857 tokens, 13 sequences of 8192" in line(plan, "KV cache")
+    assert "32.0 GiB are free after 16.0 GiB of weights" in line(plan, "KV cache")
+
+
+def test_no_more_kv_cache_than_a_full_batch_can_fill(dual_xeon):
+    assert kv_cache(dual_xeon.probe(), MODEL_1B) == 256 * 2048 * 22_528
+
+
+def test_a_second_worker_fits_on_the_same_box(hybrid_desktop):
+    first = kv_cache(hybrid_desktop.probe())
+    hybrid_desktop.set_available(50 - 16 - 2 - first / GIB)
+    second = kv_cache(hybrid_desktop.probe())
+    assert 8192 * 131_072 <= second < first
+
+
+def test_a_memory_limit_counts_like_memory(hybrid_desktop):
+    hybrid_desktop.write("sys/fs/cgroup/memory.max", str(28 * GIB))
+    hybrid_desktop.write("sys/fs/cgroup/memory.current", str(0))
+    assert kv_cache(hybrid_desktop.probe()) == int(0.4 * 10 * GIB)
+
+
+def test_a_rank_takes_no_more_than_its_own_node_has(dual_xeon):
+    machine = replace(dual_xeon.probe(), node_available={0: 20 * GIB, 1: 30 * GIB})
+    assert kv_cache(machine) == 4 * GIB
+    # A node that no rank computes on does not count, and one without CPUs neither.
+    assert kv_cache(replace(machine, node_available={0: 20 * GIB, 1: 0, 2: 0})) == 4 * GIB
+    # Two ranks: twice what the fuller node has, less the weights, for each its half.
+    assert kv_cache(machine, num_ranks=2) == (2 * 20 - 16) * GIB // 2
+
+
+def test_one_sequence_is_tried_whatever_the_node_counts_as_free(small_box):
+    machine = replace(small_box.probe(), node_available={0: GIB})
+    assert kv_cache(machine, MODEL_1B) == 2048 * 22_528
+
+
+def test_too_little_memory_is_one_line_with_the_figures(small_box):
+    small_box.set_available(18.5)
+    with pytest.raises(EngineError) as error:
+        kv_cache(small_box.probe())
+    assert str(error.value) == (
+        "too little memory: 18.5 GiB free, 16.0 GiB weights, 2.0 GiB for the processes, and one sequence of 8192 "
+        "tokens needs 1.00 GiB of KV cache. Free memory, shorten --max-model-len, or set --kv-cache-gib."
+    )
+
+
+def test_what_the_line_advises_helps(small_box):
+    small_box.set_available(18.5)
+    machine = small_box.probe()
+    assert make_plan(machine, WorkerOptions(), MODEL_8B, max_model_len=2048).kv_cache_bytes >= 2048 * 131_072
+    assert kv_cache(machine, kv_cache_gib=1.0) == GIB
+    small_box.set_available(19)
+    assert kv_cache(small_box.probe()) == 8192 * 131_072
+
+
+def test_low_bit_weights_leave_more_for_the_cache(small_box):
+    small_box.set_available(18)
+    machine = small_box.probe()
+    # The embedding's GiB stays as it is; the other 15 take 4.5 bits a weight instead of 16.
+    int4_weights = GIB + 15 * GIB * 4.5 / 16
+    assert kv_cache(machine, low_bit="sym_int4") == pytest.approx(0.4 * (16 * GIB - int4_weights), abs=1)
+    assert kv_cache(machine, low_bit="sym_int8") < kv_cache(machine, low_bit="sym_int4")
+    for weights in ("bf16", "fp16", "fp32"):
+        with pytest.raises(EngineError, match="too little memory"):
+            kv_cache(machine, low_bit=weights)
+    with pytest.raises(EngineError, match="too little memory"):
+        kv_cache(machine, replace(MODEL_8B, is_quantized=True), low_bit="sym_int4")
+
+
+def test_an_unknown_low_bit_format_is_one_line(small_box):
+    with pytest.raises(EngineError, match=r"^--low-bit: .*'int3'.*sym_int4.*$"):
+        kv_cache(small_box.probe(), low_bit="int3")
+
+
+def test_a_model_of_unknown_size_gets_a_modest_cache(small_box, dual_xeon):
+    plan = make_plan(dual_xeon.probe(), WorkerOptions(), ModelFacts())
+    assert plan.kv_cache_bytes == 4 * GIB
+    assert "not known yet" in line(plan, "KV cache")
+    assert kv_cache(dual_xeon.probe(), ModelFacts(), num_ranks=2) == 2 * GIB
+    assert kv_cache(replace(small_box.probe(), memory_available=5 * GIB), ModelFacts()) == GIB
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_wrong_kv_cache_size_is_one_line(small_box, wrong):
+    with pytest.raises(EngineError, match=r"^--kv-cache-gib must be above 0$"):
+        kv_cache(small_box.probe(), kv_cache_gib=wrong)
+
+
+# Compile or eager
+
+
+def test_a_small_model_runs_eagerly_and_a_large_one_compiled(small_box):
+    machine = small_box.probe()
+    tiny = replace(MODEL_1B, weight_bytes=10 << 20)
+    eager = make_plan(machine, WorkerOptions(), tiny)
+    compiled = make_plan(machine, WorkerOptions(), MODEL_1B)
+    assert (eager.use_compile, compiled.use_compile) == (False, True)
+    assert "eager (10 MiB of weights" in line(eager, "mode")
+    assert "torch.compile (" in line(compiled, "mode")
+    for chosen, name in ((True, "--compile"), (False, "--no-compile")):
+        for model in (tiny, MODEL_1B):
+            plan = make_plan(machine, WorkerOptions(compile=chosen), model)
+            assert plan.use_compile is chosen
+            assert line(plan, "mode").endswith(f"(chosen with {name})")
+
+
+# Every decision is told
+
+
+@pytest.mark.parametrize("options", [WorkerOptions(), WorkerOptions(preload=False, compile=True, kv_cache_gib=1.0)])
+@pytest.mark.parametrize("machine", ["small_box", "dual_xeon", "hybrid_desktop"])
+def test_every_decision_is_one_line_with_its_reason(request, machine, options):
+    plan = make_plan(request.getfixturevalue(machine).probe(), options, MODEL_1B)
+    facts, *decisions = plan.lines
+    assert facts.startswith("machine: ")
+    assert [text.partition(":")[0] for text in decisions] == ["cores", "preload", "KV cache", "mode"]
+    for text in decisions:
+        _, opened, reason = text.removesuffix(")").partition(" (")
+        assert opened
+        assert reason
+        assert "\n" not in text
+
+
+def test_the_machine_is_told(dual_xeon):
+    plan = make_plan(dual_xeon.probe(), WorkerOptions(), MODEL_1B)
+    assert plan.lines[0].startswith("machine: Intel(R) Xeon(R) Platinum 8462Y+; avx2, avx512f")
+    assert plan.lines[0].endswith("; 490.0 of 512.0 GiB free")
+
+
+def test_what_is_preloaded_is_told(small_box, monkeypatch):
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    nothing = line(make_plan(small_box.probe(), WorkerOptions(), MODEL_1B), "preload")
+    assert nothing.startswith("preload: nothing (not installed: libiomp5.so (pip install intel-openmp), tcmalloc")
+    small_box.install("libiomp5.so", "libtcmalloc_minimal.so.4")
+    off = line(make_plan(small_box.probe(), WorkerOptions(preload=False), MODEL_1B), "preload")
+    assert off == "preload: nothing (switched off with --no-preload)"
+    monkeypatch.setenv("LD_PRELOAD", "/opt/libjemalloc.so.2:/venv/lib/libiomp5.so")
+    both = line(make_plan(small_box.probe(), WorkerOptions(), MODEL_1B), "preload")
+    assert both.startswith("preload: libjemalloc.so.2, libiomp5.so (")
+
+
+# Preloading
+
+
+@pytest.fixture
+def executed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str], str]]:
+    """The program, arguments and LD_PRELOAD of each execution that was asked for."""
+    calls: list[tuple[str, list[str], str]] = []
+    monkeypatch.setattr(os, "execv", lambda path, argv: calls.append((path, argv, os.environ["LD_PRELOAD"])))
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "utf8", "-m", "ipex_vllm.worker", "--port", "1"])
+    monkeypatch.setenv("LD_PRELOAD", "")
+    return calls
+
+
+def test_the_process_starts_again_once_with_the_same_arguments(small_box, executed):
+    small_box.install("libiomp5.so", "libtcmalloc_minimal.so.4")
+    machine = small_box.probe()
+    preload_and_reexecute(machine)
+    arguments = [sys.executable, "-X", "utf8", "-m", "ipex_vllm.worker", "--port", "1"]
+    assert executed == [(sys.executable, arguments, f"{machine.tcmalloc}:{machine.iomp}")]
+    preload_and_reexecute(machine)  # what the new process does
+    assert len(executed) == 1
+
+
+def test_nothing_to_preload_is_no_new_start(small_box, executed):
+    preload_and_reexecute(small_box.probe())
+    assert executed == []
+
+
+@pytest.mark.parametrize(
+    ("theirs", "added"),
+    [
+        ("/opt/libhook.so", ["libtcmalloc_minimal.so.4", "libiomp5.so"]),
+        ("/opt/libjemalloc.so.2", ["libiomp5.so"]),
+        ("/opt/libtcmalloc.so.4", ["libiomp5.so"]),
+        ("/usr/lib/libgomp.so.1", ["libtcmalloc_minimal.so.4"]),
+        ("/opt/libomp.so", ["libtcmalloc_minimal.so.4"]),
+        ("/opt/libiomp5.so /opt/libmimalloc.so", []),
+    ],
+)
+def test_the_users_own_preload_stays_and_is_not_doubled(small_box, executed, monkeypatch, theirs, added):
+    small_box.install("libiomp5.so", "libtcmalloc_minimal.so.4")
+    monkeypatch.setenv("LD_PRELOAD", theirs)
+    preload_and_reexecute(small_box.probe())
+    if not added:
+        assert executed == []
+        return
+    [(_, _, preloaded)] = executed
+    *ours, last = preloaded.split(":")
+    assert [Path(path).name for path in ours] == added
+    assert last == theirs
+
+
+def test_all_this_comes_before_anything_heavy():
+    code = "import sys, ipex_vllm.cpu; print(*sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert loaded.stdout.strip() == ""
+
+
+# Models
+
+
+LLAMA_1B = {
+    "hidden_size": 2048,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 22,
+    "vocab_size": 32_000,
+    "max_position_embeddings": 2048,
+}
+
+
+def write_model(folder: Path, config: object, sizes: dict[str, int] | None = None) -> str:
+    (folder / "config.json").write_text(json.dumps(config))
+    for name, size in (sizes or {}).items():
+        (folder / name).write_bytes(b"\0" * size)
+    return str(folder)
+
+
+def test_a_model_directory_tells_its_sizes(tmp_path):
+    # Some repositories hold the same weights twice.
+    files = {"model-1.safetensors": 300, "model-2.safetensors": 200, "consolidated.safetensors": 500}
+    assert ModelFacts.read(write_model(tmp_path, LLAMA_1B, files)) == ModelFacts(
+        500, 2 * 32_000 * 2048, False, 2 * 22 * 4 * 64 * 2, 2048
+    )
+
+
+def test_a_model_may_state_its_head_size_and_share_no_heads(tmp_path):
+    config = {**LLAMA_1B, "head_dim": 128, "num_key_value_heads": None, "quantization_config": {}}
+    facts = ModelFacts.read(write_model(tmp_path, config, {"pytorch_model.bin": 10}))
+    assert facts.kv_bytes_per_token == 2 * 22 * 32 * 128 * 2
+    assert facts.weight_bytes == 10
+    assert facts.is_quantized
+
+
+@pytest.mark.parametrize("config", [{}, {"text_config": LLAMA_1B}, {"num_attention_heads": 8}])
+def test_an_unusual_model_is_no_error(tmp_path, config):
+    assert ModelFacts.read(write_model(tmp_path, config)).kv_bytes_per_token is None
+
+
+def test_a_model_that_is_not_here_is_unknown(tmp_path):
+    assert ModelFacts.read("someone/model") == ModelFacts()
+    (tmp_path / "config.json").write_text("{")
+    assert ModelFacts.read(str(tmp_path)) == ModelFacts()
