@@ -83,7 +83,6 @@ def test_a_dead_engine_ends_the_worker_and_its_requests(model: str, controller: 
             assert answer.result()[-1]["error_code"] == 50001
         assert process.process.wait(60) == 1
         assert models(controller) == []
-        assert "Traceback" not in process.output.rpartition("ready: ")[2].replace("(MainProcess", ""), process.output
         assert not psutil.wait_procs(tree, timeout=10)[1]
 
 
