@@ -14,10 +14,10 @@ UV := $(shell sed -n 's/^\(uv==[^ ;]*\).*/\1/p' requirements.lock)
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
-serve: $(VENV)/.ready  ## start controller, worker, API server and web UI; MODEL=path DEVICE=cpu|xpu ARGS="..."
+serve: $(VENV)/.ready env-webui  ## start controller, worker, API server and web UI; MODEL=path DEVICE=cpu|xpu ARGS="..."
 	@exec $(BIN)/python -m ipex_vllm.up --model-path $(MODEL) --device $(DEVICE) $(ARGS)
 
-test: $(VENV)/.ready lint  ## lint, type-check and run all tests
+test: $(VENV)/.ready lint env-webui chromium  ## lint, type-check and run all tests but ipex-llm's own
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.ready
@@ -48,4 +48,4 @@ lock:  ## resolve pyproject.toml again into requirements.lock
 		--torch-backend cpu --no-annotate --no-header --quiet --output-file requirements.lock
 	sed -i "/sys_platform == 'never'/d" requirements.lock
 
--include Makefile.envs Makefile.bench Makefile.webui
+include Makefile.envs Makefile.bench Makefile.webui
