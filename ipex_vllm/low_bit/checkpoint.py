@@ -36,17 +36,23 @@ class ExistingQuantization:
     vllm_arguments: dict[str, Any] = field(default_factory=dict)
 
 
+def read_config(model_path: str) -> dict[str, Any]:
+    """The config.json of a directory or a Hugging Face name; ValueError if there is none to read."""
+    from transformers import PretrainedConfig
+
+    try:
+        config: dict[str, Any] = PretrainedConfig.get_config_dict(model_path)[0]
+    except OSError as error:
+        raise ValueError(f"cannot read the configuration of {model_path}: {str(error).splitlines()[0]}") from error
+    return config
+
+
 def quantized_in(model_path: str) -> ExistingQuantization | None:
     """Say how the checkpoint at `model_path`, a directory or a Hugging Face name, is quantized; None if it is not.
 
     Raises ValueError if there is no configuration to read, or if ipex-llm wrote it in a format that cannot be read.
     """
-    from transformers import PretrainedConfig
-
-    try:
-        config, _ = PretrainedConfig.get_config_dict(model_path)
-    except OSError as error:
-        raise ValueError(f"cannot read the configuration of {model_path}: {str(error).splitlines()[0]}") from error
+    config = read_config(model_path)
     if name := config.get(IPEX_LLM_MARK):
         if name not in IPEX_LLM_FORMATS:
             readable = ", ".join(IPEX_LLM_FORMATS)
@@ -133,16 +139,16 @@ def save(model_path: str, format: Format, out: Path) -> None:
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty")
     source = _local_directory(model_path)
-    linears, tied_head = _linear_layers(source)
+    shapes, tied_head = linear_shapes(source)
     out.mkdir(parents=True, exist_ok=True)
     ignored = [tied_head] if tied_head else []
     index: dict[str, str] = {}
-    with tqdm(total=len(linears), desc=f"Quantizing to {format.name}", unit="layer") as bar:
+    with tqdm(total=len(shapes), desc=f"Quantizing to {format.name}", unit="layer") as bar:
         for file in sorted(source.glob("*.safetensors")):
             tensors: dict[str, torch.Tensor] = {}
             for name, tensor in _read(file):
                 layer, _, kind = name.rpartition(".")
-                if kind != "weight" or layer not in linears:
+                if kind != "weight" or layer not in shapes:
                     tensors[name] = tensor
                     continue
                 bar.update()
@@ -204,18 +210,19 @@ def _local_directory(model_path: str) -> Path:
     )
 
 
-def _linear_layers(source: Path) -> tuple[set[str], str | None]:
-    """The names of the model's linear layers, and that of the output head if it shares the embedding's weight."""
+def linear_shapes(source: Path) -> tuple[dict[str, tuple[int, int]], str | None]:
+    """The (out_features, in_features) of the model's linear layers, by name, and the name of a tied output head.
+
+    A tied head shares the embedding's weight, so that a checkpoint has none for it; it is not among the shapes.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
-    head = model.get_output_embeddings()
-    names = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    tied = next((name for name, module in names.items() if module is head), None)
-    if not model.config.tie_word_embeddings:
-        tied = None
-    return set(names) - {tied}, tied
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    head = model.get_output_embeddings() if model.config.tie_word_embeddings else None
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items() if linear is not head}
+    return shapes, next((name for name, linear in linears.items() if linear is head), None)
 
 
 def _read(file: Path) -> Iterator[tuple[str, torch.Tensor]]:

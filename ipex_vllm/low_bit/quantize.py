@@ -127,8 +127,13 @@ def _inverse(scales: torch.Tensor) -> torch.Tensor:
 
 
 def _round(groups: torch.Tensor, inverse: torch.Tensor, zero: float, highest: int) -> torch.Tensor:
-    """Codes, as floats, of the values nearest to `groups`; ties go up, as in ggml's `(int)(x / d + 8.5)`."""
-    return torch.mul(groups, inverse).add_(zero + 0.5).floor_().clamp_(0, highest)
+    """Codes, as float32, of the values nearest to `groups`; ties go up, as in ggml's `(int)(x / d + 8.5)`."""
+    return torch.mul(groups, inverse).add_(zero + 0.5).float().floor_().clamp_(0, highest)
+
+
+def _fused(groups: torch.Tensor) -> torch.Tensor:
+    """Groups whose `_round` rounds once where it multiplies and adds: ggml is compiled to fused multiply-adds."""
+    return groups.double()
 
 
 def _encode_symmetric(groups: torch.Tensor, *, half: int, search: bool) -> _Encoded:
@@ -146,7 +151,7 @@ def _encode_symmetric(groups: torch.Tensor, *, half: int, search: bool) -> _Enco
             better = dot * best > most
             most, scales = torch.where(better, dot * best, most), torch.where(better, best, scales)
         scales = scales.half().float()
-    codes = _round(groups, _inverse(scales), half, 2 * half - 1)
+    codes = _round(groups if search else _fused(groups), _inverse(scales), half, 2 * half - 1)
     return codes.to(torch.uint8), scales.half(), None
 
 
@@ -171,7 +176,8 @@ def _encode_asymmetric(groups: torch.Tensor, *, highest: int, search: bool) -> _
             most = torch.where(better, explained, most)
             scales, mins = torch.where(better, slope, scales), torch.where(better, intercept, mins)
         scales, mins = scales.half().float(), mins.half().float()
-    codes = _round(groups - mins, _inverse(scales), 0, highest)
+    above = groups - mins
+    codes = _round(above if search else _fused(above), _inverse(scales), 0, highest)
     return codes.to(torch.uint8), scales.half(), mins.half()
 
 

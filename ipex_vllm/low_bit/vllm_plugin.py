@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -25,10 +26,13 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
 )
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScaleParameter, ModelWeightParameter
 
-from ipex_vllm.low_bit.checkpoint import IPEX_LLM_MARK, MARK, from_tensors, meta_tensors
+from ipex_vllm.low_bit import ipex_llm_checkpoint
+from ipex_vllm.low_bit.checkpoint import IPEX_LLM_LOAD_FORMAT, IPEX_LLM_MARK, MARK, from_tensors, meta_tensors
 from ipex_vllm.low_bit.formats import FORMATS, Format
 from ipex_vllm.low_bit.matmul import LowBitLinear, make_linear, summarize
 from ipex_vllm.low_bit.quantize import QuantizedWeight, quantize, unsuitable_reason
@@ -38,9 +42,10 @@ logger = init_logger(f"vllm.{__name__}")
 
 
 def register() -> None:
-    """Register one quantization method per low-bit format with vLLM: `ipex_sym_int4` and so on."""
+    """Register with vLLM one quantization method per format, `ipex_sym_int4` and so on, and a loader."""
     for config_class in LowBitConfig.__subclasses__():
         register_quantization_config(config_class.get_name())(config_class)
+    register_model_loader(IPEX_LLM_LOAD_FORMAT)(IpexLlmLoader)
 
 
 class LowBitConfig(QuantizationConfig):  # type: ignore[misc]
@@ -273,6 +278,16 @@ class OpenSaved(LowBitMethod):
 
     def quantized_weight(self, layer: Any) -> QuantizedWeight:
         return from_tensors(self.config.format, {name: tensor.detach() for name, tensor in layer.named_parameters()})
+
+
+class IpexLlmLoader(DefaultModelLoader):  # type: ignore[misc]
+    """Loads a local checkpoint that ipex-llm's `save_low_bit` wrote."""
+
+    def download_model(self, model_config: Any) -> None:
+        pass
+
+    def _get_weights_iterator(self, source: DefaultModelLoader.Source) -> Iterator[tuple[str, torch.Tensor]]:
+        return ipex_llm_checkpoint.read(Path(source.model_or_path))
 
 
 class Progress:

@@ -1,0 +1,174 @@
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ipex_vllm.low_bit import ipex_llm_checkpoint, vllm_arguments
+from ipex_vllm.low_bit.checkpoint import from_tensors, meta_tensors, save, to_tensors
+from ipex_vllm.low_bit.formats import FORMATS, Format, resolve
+from ipex_vllm.low_bit.quantize import dequantize, quantize
+
+QUANTIZED = [row for row in FORMATS.values() if row.kind != "dtype"]
+IPEX_LLM = Path(__file__).parent / "fixtures" / "ipex_llm_checkpoints"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return save_llama(tmp_path / "model")
+
+
+def save_llama(path: Path, **changes: int | bool) -> Path:
+    torch.manual_seed(0)
+    config = {
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 320,
+    }
+    LlamaForCausalLM(LlamaConfig(**{**config, **changes})).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+def with_quantization(path: Path, quantization: dict[str, object]) -> str:
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": quantization}))
+    return str(path)
+
+
+@pytest.mark.parametrize("format", QUANTIZED, ids=lambda row: row.name)
+def test_a_weight_survives_the_way_through_its_tensors(format: Format) -> None:
+    weight = quantize(torch.randn(8, 128), format)
+    tensors = to_tensors(weight)
+    assert torch.equal(dequantize(from_tensors(format, tensors)), dequantize(weight))
+    expected = {name: (tensor.shape, tensor.dtype) for name, tensor in meta_tensors(format, 8, 128).items()}
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} == expected
+
+
+@pytest.mark.parametrize("name", ["sym_int4", "asym_int4", "sym_int8", "fp6"])
+def test_a_saved_checkpoint_holds_the_codes_and_everything_else_as_it_was(name: str, model: Path) -> None:
+    out = model.parent / "out"
+    save(str(model), FORMATS[name], out)
+    original, saved = load_file(model / "model.safetensors"), load_file(out / "model.safetensors")
+    layer = "model.layers.0.mlp.down_proj"
+    tensors = {key.removeprefix(f"{layer}."): saved[key] for key in saved if key.startswith(layer)}
+    expected = dequantize(quantize(original[f"{layer}.weight"], FORMATS[name]))
+    assert torch.equal(dequantize(from_tensors(FORMATS[name], tensors)), expected)
+    for key in ("model.embed_tokens.weight", "model.norm.weight"):
+        assert torch.equal(saved[key], original[key])
+    assert vllm_arguments(None, str(out), "cpu") == {"quantization": f"ipex_{name}"}
+    assert vllm_arguments(name, str(out), "cpu") == {"quantization": f"ipex_{name}"}
+
+
+def test_a_tied_head_and_unsuitable_layers_are_listed_as_ignored(tmp_path: Path) -> None:
+    model = save_llama(tmp_path / "model", tie_word_embeddings=True, intermediate_size=200)
+    save(str(model), FORMATS["sym_int4"], tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["ignore"] == ["lm_head", "model.layers.0.mlp.down_proj"]
+
+
+def test_saving_again_or_over_something_is_refused(model: Path) -> None:
+    out = model.parent / "out"
+    save(str(model), FORMATS["sym_int8"], out)
+    with pytest.raises(ValueError, match=r"is already quantized \(sym_int8\)"):
+        save(str(out), FORMATS["sym_int4"], model.parent / "other")
+    with pytest.raises(ValueError, match="is not empty"):
+        save(str(model), FORMATS["sym_int4"], out)
+    with pytest.raises(ValueError, match="there is nothing to save"):
+        save(str(model), FORMATS["bf16"], model.parent / "other")
+
+
+def test_the_command_reports_a_mistake_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ipex_vllm.low_bit", "save", "--model-path", "/no/such", "--low-bit", "sym_int4"]
+    result = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("cannot read the configuration of /no/such")
+
+
+def test_arguments_for_a_checkpoint_in_full_precision(model: Path) -> None:
+    assert vllm_arguments(None, str(model), "cpu") == {}
+    assert vllm_arguments("fp16", str(model), "cpu") == {"dtype": "float16"}
+    assert vllm_arguments("sym_int4", str(model), "cpu") == {"quantization": "ipex_sym_int4"}
+    assert vllm_arguments("fp8", str(model), "cpu") == {"quantization": "ipex_fp8_e4m3"}
+
+
+def test_a_format_that_xpu_has_no_kernel_for_is_refused_with_those_it_has(model: Path) -> None:
+    with pytest.raises(ValueError, match=r"nf4 has no kernel on XPU; use one of sym_int4, fp8_e4m3, .*bf16"):
+        vllm_arguments("nf4", str(model), "xpu")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "name"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "sym": True}, "sym_int4"),
+        ({"quant_method": "awq", "bits": 4, "zero_point": True}, "asym_int4"),
+        ({"quant_method": "fp8"}, "fp8"),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"group_0": {"weights": {"type": "int", "num_bits": 8, "symmetric": True}}},
+            },
+            "sym_int8",
+        ),
+    ],
+)
+def test_another_tools_checkpoint_is_used_as_it_is_or_the_conflict_is_one_line(
+    quantization: dict[str, object], name: str, tmp_path: Path
+) -> None:
+    path = with_quantization(tmp_path / "model", quantization)
+    assert vllm_arguments(None, path, "cpu") == {}
+    assert vllm_arguments(name, path, "cpu") == {}
+    with pytest.raises(ValueError, match=rf"already quantized \({quantization['quant_method']}\): leave --low-bit out"):
+        vllm_arguments("nf4", path, "cpu")
+
+
+@pytest.mark.parametrize("name", ["sym_int4", "asym_int4", "sym_int8"])
+def test_what_ipex_llm_saved_is_read_bit_for_bit(name: str) -> None:
+    original = load_file(IPEX_LLM / "original" / "model.safetensors")
+    tensors = dict(ipex_llm_checkpoint.read(IPEX_LLM / name))
+    layers = {key.removesuffix(".weight") for key in original if "_proj" in key or "lm_head" in key}
+    assert len(layers) == 8
+    for layer in layers:
+        weight = original[f"{layer}.weight"]
+        if name == "sym_int8":
+            steps = weight.float().view(len(weight), -1, 64).abs().amax(-1, keepdim=True) / 127
+            error = (tensors[f"{layer}.weight"] - weight.float()).view(len(weight), -1, 64).abs()
+            assert (error <= steps * 0.5001).all()
+        else:
+            parts = {key.rpartition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{layer}.")}
+            expected = quantize(weight, resolve(name), search=False)
+            assert torch.equal(dequantize(from_tensors(resolve(name), parts)), dequantize(expected))
+    assert torch.equal(tensors["model.embed_tokens.weight"].bfloat16(), original["model.embed_tokens.weight"])
+
+
+def test_arguments_for_what_ipex_llm_saved() -> None:
+    expected = {"quantization": "ipex_sym_int4", "load_format": "ipex_llm_low_bit"}
+    assert vllm_arguments(None, str(IPEX_LLM / "sym_int4"), "cpu") == expected
+    with pytest.raises(ValueError, match=r"already quantized \(sym_int4, saved by ipex-llm\)"):
+        vllm_arguments("sym_int8", str(IPEX_LLM / "sym_int4"), "cpu")
+
+
+def test_an_ipex_llm_format_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "bigdl_transformers_low_bit": "nf3"}))
+    with pytest.raises(ValueError, match="saved by ipex-llm in nf3; readable are sym_int4, asym_int4, sym_int8"):
+        vllm_arguments(None, str(tmp_path), "cpu")
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Exploit:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return Path.touch, (tmp_path / "ran",)  # type: ignore[return-value]
+
+    source = IPEX_LLM / "sym_int4" / "config.json"
+    (tmp_path / "config.json").write_text(source.read_text())
+    torch.save({"lm_head.weight": Exploit()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(pickle.UnpicklingError):
+        list(ipex_llm_checkpoint.read(tmp_path))
+    assert not (tmp_path / "ran").exists()
