@@ -91,9 +91,8 @@ def add_options(parser: argparse._ActionsContainer, cls: type) -> None:
     for entry in fields(cls):
         kinds = [kind for kind in _alternatives(hints[entry.name]) if kind is not types.NoneType]
         flags = [_flag(entry.name), *entry.metadata["aliases"]]
-        help_text = entry.metadata["help"] + (
-            f" (default: {entry.default})" if entry.default not in (None, False) else ""
-        )
+        shows_default = entry.default not in (None, False, MISSING)
+        help_text = entry.metadata["help"] + (f" (default: {entry.default})" if shows_default else "")
         keywords: dict[str, Any] = {"dest": entry.name, "default": entry.default, "help": help_text}
         if kinds == [bool]:
             keywords["action"] = argparse.BooleanOptionalAction if entry.default is not False else "store_true"
