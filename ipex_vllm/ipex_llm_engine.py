@@ -1,0 +1,235 @@
+"""ipex-llm's own engine: `IPEXLLMAsyncLLMEngine`, which is vLLM 0.6.6's V0 engine with ipex-llm's low-bit layers.
+
+It runs in an environment of its own, which `make env-ipex-llm` builds. What vLLM 0.6.6 shares with the default engine
+is inherited from there; docs/engines.md lists the differences that a client can see.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import ctypes
+import importlib
+import importlib.util
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ipex_vllm.cpu import Plan
+from ipex_vllm.engine import EngineError
+from ipex_vllm.options import DTYPES, WorkerOptions
+from ipex_vllm.protocol import Delta, GenerateRequest, WorkerError
+from ipex_vllm.vllm_engine import HEALTH_INTERVAL_S, VllmEngine, root_cause
+
+logger = logging.getLogger(__name__)
+
+CPU_FORMATS = ("sym_int4", "asym_int4", "sym_int5", "asym_int5", "sym_int8")
+FORMATS = {"cpu": CPU_FORMATS, "xpu": (*CPU_FORMATS, "nf3", "nf4", "fp4", "fp8", "fp8_e4m3", "fp8_e5m2")}
+
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+class IpexLlmEngine(VllmEngine):
+    name = "ipex-llm"
+
+    def __init__(self, llm: Any, model_copy: tempfile.TemporaryDirectory[str]) -> None:
+        super().__init__(llm)
+        self._model_copy = model_copy
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Every `AsyncEngineArgs` option of vLLM 0.6.6 but --device, which the worker has. Raises EngineError."""
+        if importlib.util.find_spec("ipex_llm") is None:
+            raise EngineError(
+                "--engine ipex-llm needs an environment of its own: run `make env-ipex-llm`, then start the worker "
+                "with .venv-ipex-llm/bin/python"
+            )
+        from vllm.engine.arg_utils import AsyncEngineArgs
+
+        AsyncEngineArgs.add_cli_args(_WithoutDevice(parser))
+        parser.set_defaults(model=None, disable_log_requests=True)
+
+    @classmethod
+    async def start(cls, options: WorkerOptions, args: argparse.Namespace, plan: Plan) -> IpexLlmEngine:
+        if args.model is not None:
+            raise EngineError("--model: the model is given with --model-path")
+        low_bit = choose_low_bit(args, options)
+        model_copy = tempfile.TemporaryDirectory(prefix="ipex-vllm-")
+        args.model = readable_model(options.model_path, Path(model_copy.name))
+        args.served_model_name = list(options.names)
+        prepare_process(plan)
+        try:
+            from vllm.engine.arg_utils import AsyncEngineArgs
+
+            engine_class = importlib.import_module(f"ipex_llm.vllm.{options.device}.engine").IPEXLLMAsyncLLMEngine
+            engine_args = AsyncEngineArgs.from_cli_args(args)
+            config = engine_args.create_engine_config()
+            if options.device == "cpu" and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+                size_kv_cache(config, plan)
+            return cls(engine_class.from_engine_args(engine_args, config, load_in_low_bit=low_bit), model_copy)
+        except Exception as error:
+            logger.debug("ipex-llm's engine could not start", exc_info=True)
+            raise EngineError(f"ipex-llm's engine could not start: {root_cause(error)}") from error
+
+    @property
+    def context_length(self) -> int:
+        return int(self._llm.engine.model_config.max_model_len)
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._llm.engine.get_tokenizer()
+
+    async def stream(self, request: GenerateRequest, request_id: str) -> AsyncGenerator[Delta, None]:
+        # One choice after the other: with several, vLLM 0.6.6 streams until the first one ends and drops the others'.
+        for index in range(request.n):
+            seed = None if request.seed is None else request.seed + index
+            choice = self._stream_choice(replace(request, n=1, seed=seed), f"{request_id}-{index}")
+            async with contextlib.aclosing(choice) as deltas:
+                async for delta in deltas:
+                    yield replace(delta, index=index)
+
+    async def wait_dead(self) -> str:
+        while True:
+            try:
+                await self._llm.check_health()
+            except Exception as error:  # it says so by raising, and not always the same
+                return f"ipex-llm's engine died: {root_cause(error)}; its own log lines above say why"
+            await asyncio.sleep(HEALTH_INTERVAL_S)
+
+    async def stop(self) -> None:
+        self._llm.shutdown_background_loop()
+        await asyncio.to_thread(self._llm.engine.model_executor.shutdown)
+        self._model_copy.cleanup()
+
+    async def _stream_choice(self, request: GenerateRequest, request_id: str) -> AsyncGenerator[Delta, None]:
+        token_ids = await self._encoder.encode_for_generation(request.prompt)
+        params = self._sampling_params(request, len(token_ids))
+        try:
+            outputs = self._llm.generate({"prompt_token_ids": token_ids}, params, request_id)
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    (completion,) = output.outputs
+                    yield Delta(
+                        text=completion.text,
+                        num_tokens=len(completion.token_ids),
+                        prompt_tokens=len(token_ids),
+                        finish_reason=self._finish_reason(completion.finish_reason),
+                        logprobs=(
+                            *self._logprobs(token_ids, output.prompt_logprobs),
+                            *self._logprobs(completion.token_ids, completion.logprobs),
+                        ),
+                    )
+        except WorkerError:
+            raise
+        except Exception as error:
+            raise self._as_worker_error(error) from error
+        finally:
+            if self._llm.is_running:  # closing the generator is not enough here; on a finished request this is a no-op
+                await self._llm.abort(request_id)
+
+
+class _WithoutDevice:
+    """A parser for vLLM's options that passes over the one the worker has under the same name."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self._parser = parser
+
+    def add_argument(self, *flags: str, **keywords: Any) -> None:
+        if "--device" not in flags:
+            self._parser.add_argument(*flags, **keywords)
+
+
+def choose_low_bit(args: argparse.Namespace, options: WorkerOptions) -> str | None:
+    """Return ipex-llm's name for --low-bit, None for the weights as they are. Raises EngineError."""
+    if options.low_bit is None:
+        return None
+    if options.low_bit in DTYPES:
+        args.dtype = DTYPES[options.low_bit]
+        return None
+    formats = FORMATS[options.device]
+    if options.low_bit not in formats:
+        raise EngineError(
+            f"--low-bit {options.low_bit}: on {options.device}, --engine ipex-llm has {', '.join([*DTYPES, *formats])}"
+        )
+    return options.low_bit
+
+
+def size_kv_cache(config: Any, plan: Plan) -> None:
+    """Give vLLM's configuration the plan's KV cache, in blocks: its own setting knows whole GiB only."""
+    from vllm.worker.cpu_worker import CPUCacheEngine
+
+    cache = config.cache_config
+    block_bytes = CPUCacheEngine.get_cache_block_size(
+        cache.block_size, cache.cache_dtype, config.model_config, config.parallel_config
+    )
+    cache.num_gpu_blocks_override = plan.kv_cache_bytes // block_bytes  # on a CPU, "GPU" blocks are in main memory
+
+
+def prepare_process(plan: Plan) -> None:
+    """What vLLM 0.6.6 and ipex-llm read from their process."""
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, cores)) for cores in plan.rank_cores))
+    os.environ["VLLM_PLUGINS"] = ""  # this package's plugin is for the current vLLM
+    # ipex-llm asks the first pip in PATH which vLLM is installed.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    # vLLM 0.6.6 forks its worker, which would outlive a killed parent and keep its port.
+    libc = ctypes.CDLL(None)
+    os.register_at_fork(after_in_child=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
+
+
+def readable_model(model_path: str, folder: Path) -> str:
+    """Return a directory below `folder` with links to a local model's files, and what Transformers 5 wrote rewritten.
+
+    The original path is repeated below `folder`, because ipex-llm tells some models by theirs. A Hugging Face name is
+    returned unchanged.
+    """
+    source = Path(model_path)
+    if not source.is_dir():
+        return model_path
+    copy = Path(folder, *source.absolute().parts[1:])
+    copy.mkdir(parents=True)
+    for file in source.iterdir():
+        (copy / file.name).symlink_to(file.absolute())
+    template = source / "chat_template.jinja"
+    for name, translate in (("config.json", older_config), ("tokenizer_config.json", older_tokenizer_config)):
+        if not (source / name).is_file():
+            continue
+        content = json.loads((source / name).read_text(encoding="utf-8"))
+        if name == "tokenizer_config.json" and template.is_file():
+            content["chat_template"] = template.read_text(encoding="utf-8")
+        (copy / name).unlink()
+        (copy / name).write_text(json.dumps(translate(content), indent=2), encoding="utf-8")
+    return str(copy)
+
+
+def older_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Turn the config.json of Transformers 5 into that of Transformers 4."""
+    config = dict(config)
+    if "dtype" in config:
+        config["torch_dtype"] = config.pop("dtype")
+    rope = config.get("rope_parameters")
+    if rope is not None and "rope_theta" in rope:  # else it has one entry for each kind of layer
+        rope = dict(config.pop("rope_parameters"))
+        for name in ("rope_theta", "partial_rotary_factor"):
+            if name in rope:
+                config[name] = rope.pop(name)
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = rope
+    return config
+
+
+def older_tokenizer_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Turn the tokenizer_config.json of Transformers 5 into that of Transformers 4."""
+    config = dict(config)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    return config

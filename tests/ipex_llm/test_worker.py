@@ -1,0 +1,180 @@
+"""The worker on ipex-llm's engine, for real: the protocol, and what the engine's processes leave behind."""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from ipex_vllm.demo import MODEL_DIR
+from ipex_vllm.ipex_llm_engine import CPU_FORMATS
+from tests.e2e.processes import eventually, program, worker
+from tests.support import generate, stream
+
+# One core: with more, OpenMP's threads wait for each other wherever the machine is busy with something else.
+ENGINE = ("--engine", "ipex-llm", "--no-register", "--cores", str(min(os.sched_getaffinity(0))))
+PROMPT = "<|im_start|>user\nWhat does itertools.chain do?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def as_transformers_5_writes_it(folder: Path) -> Path:
+    """The demo model with the spelling that Transformers 4 does not know."""
+    shutil.copytree(MODEL_DIR, folder, dirs_exist_ok=True)
+    config = json.loads((MODEL_DIR / "config.json").read_text())
+    config["dtype"] = config.pop("torch_dtype")
+    config["rope_parameters"] = {"rope_theta": config.pop("rope_theta"), "rope_type": "default"}
+    tokenizer_config = json.loads((MODEL_DIR / "tokenizer_config.json").read_text())
+    tokenizer_config |= {"backend": "tokenizers", "tokenizer_class": "TokenizersBackend"}
+    for name, content in (
+        ("chat_template.jinja", tokenizer_config.pop("chat_template")),
+        ("config.json", json.dumps(config)),
+        ("tokenizer_config.json", json.dumps(tokenizer_config)),
+    ):
+        (folder / name).write_text(content)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    model = as_transformers_5_writes_it(tmp_path_factory.mktemp("model"))
+    files = {file.name: file.read_bytes() for file in model.iterdir()}
+    # In float32, so that the order of a batch's sums does not decide between nearly equal logits.
+    arguments = (*ENGINE, "--model-path", str(model), "--model-names", "demo", "--low-bit", "fp32")
+    with worker(tmp_path_factory.mktemp("worker"), *arguments) as (running, url):
+        yield url
+        assert running.stop() == 0
+    assert files == {file.name: file.read_bytes() for file in model.iterdir()}
+
+
+def text(url: str, **params: object) -> str:
+    answer = generate(url, **{"prompt": PROMPT, "echo": False, "max_new_tokens": 24, "temperature": 0, **params})
+    assert answer["error_code"] == 0, answer
+    result: str = answer["text"]
+    return result
+
+
+def test_a_stream_grows_and_ends_twice_with_the_whole_answer(url: str) -> None:
+    frames = stream(url, prompt=PROMPT, echo=False, temperature=0, max_new_tokens=48)
+    texts = [frame["text"] for frame in frames]
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
+    assert [frame["finish_reason"] for frame in frames[-2:]] == [None, "stop"]
+    assert texts[-1] == texts[-2] == text(url, max_new_tokens=48)
+    assert "iterable" in texts[-1]
+
+
+def test_the_chat_template_is_the_models_own(url: str) -> None:
+    conv = httpx.post(f"{url}/worker_get_conv_template", trust_env=False).json()["conv"]
+    assert conv["roles"] == ["<|im_start|>user\n", "<|im_start|>assistant\n"]
+
+
+def test_sampling_parameters_reach_the_engine(url: str) -> None:
+    greedy = text(url)
+    assert text(url, temperature=2.0, top_k=1) == greedy
+    assert text(url, temperature=2.0, top_p=0) == greedy
+    assert text(url, temperature=2.0, min_p=1.0) == greedy
+    assert text(url, temperature=2.0, seed=1) == text(url, temperature=2.0, seed=1) != greedy
+    assert text(url, temperature=2.0, seed=1) != text(url, temperature=2.0, seed=2)
+    assert text(url, repetition_penalty=2.0) != greedy
+    assert text(url, presence_penalty=2.0, frequency_penalty=2.0) != greedy
+
+
+def test_several_choices_are_those_of_single_requests(url: str) -> None:
+    answer = generate(url, prompt=PROMPT, echo=False, max_new_tokens=24, temperature=2.0, seed=5, n=3)
+    choices = [choice["text"] for choice in answer["choices"]]
+    assert choices == [text(url, temperature=2.0, seed=5 + index) for index in range(3)]
+    assert len(set(choices)) == 3
+    assert all(choice["finish_reason"] for choice in answer["choices"])
+
+
+def test_stop_strings_stop_ids_and_the_length_end_a_text(url: str) -> None:
+    greedy = text(url)
+    assert text(url, stop=[greedy[6:9]]) == greedy[: greedy.index(greedy[6:9])]
+    assert generate(url, prompt=PROMPT, max_new_tokens=3, temperature=0)["finish_reason"] == "length"
+    past_eos = generate(url, prompt=PROMPT, temperature=0, max_new_tokens=64, ignore_eos=True)
+    assert (past_eos["usage"]["completion_tokens"], past_eos["finish_reason"]) == (64, "length")
+    end_of_turn = 2
+    assert text(url, max_new_tokens=64, ignore_eos=True, stop_token_ids=[end_of_turn]) == text(url, max_new_tokens=64)
+
+
+def test_echo_and_logprobs_cover_prompt_and_completion(url: str) -> None:
+    answer = generate(url, prompt=PROMPT, echo=True, temperature=0, max_new_tokens=8, logprobs=2)
+    logprobs = answer["logprobs"]
+    assert answer["text"] == PROMPT + text(url, max_new_tokens=8)
+    assert len(logprobs["tokens"]) == answer["usage"]["total_tokens"]
+    assert logprobs["token_logprobs"][0] is None
+    assert all(value <= 0 for value in logprobs["token_logprobs"][1:])
+    assert all(2 <= len(top) <= 3 for top in logprobs["top_logprobs"][1:])
+    assert "".join(logprobs["tokens"]).endswith(text(url, max_new_tokens=8))
+    streamed = stream(url, prompt=PROMPT, echo=True, temperature=0, max_new_tokens=8, logprobs=2)
+    assert streamed[-1]["logprobs"]["tokens"] == logprobs["tokens"]
+
+
+def test_context_overflow_comes_with_the_numbers_and_the_rest_of_the_context_can_be_filled(url: str) -> None:
+    length = httpx.post(f"{url}/model_details", trust_env=False).json()["context_length"]
+    (frame,) = stream(url, prompt="word " * 3 * length)
+    assert frame["error_code"] == 40303
+    assert str(length) in frame["text"]
+    almost_full = "a" + " a" * (length - 10)
+    full = generate(url, prompt=almost_full, max_new_tokens=10**6, ignore_eos=True, echo=False)
+    assert full["usage"] == {"prompt_tokens": length - 9, "completion_tokens": 9, "total_tokens": length}
+
+
+def test_what_vllm_0_6_6_does_not_take_is_the_protocols_error(url: str) -> None:
+    answer = generate(url, prompt=PROMPT, repetition_penalty=2.5)
+    assert (answer["error_code"], "repetition_penalty" in answer["text"]) == (40302, True)
+    embedding = httpx.post(f"{url}/worker_get_embeddings", json={"input": ["a"]}, trust_env=False).json()
+    assert (embedding["error_code"], "workers.hf_worker" in embedding["text"]) == (40302, True)
+
+
+def test_concurrent_streams_say_what_single_ones_say(url: str) -> None:
+    prompts = [PROMPT.replace("itertools.chain", name) for name in ("abs", "json.dumps", "os.makedirs", "sorted")] * 3
+
+    def ask(prompt: str) -> str:
+        frames = stream(url, prompt=prompt, temperature=0, max_new_tokens=32, echo=False)
+        answer: str = frames[-1]["text"]
+        return answer
+
+    alone = [ask(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        assert list(pool.map(ask, prompts)) == alone
+    assert len(set(alone)) == 4
+
+
+@pytest.mark.parametrize("low_bit", CPU_FORMATS)
+def test_each_low_bit_format_answers(low_bit: str, tmp_path: Path) -> None:
+    with worker(tmp_path, *ENGINE, "--low-bit", low_bit) as (_, url):
+        answer = text(url, max_new_tokens=48)
+        assert "itera" in answer, answer
+
+
+def test_a_format_that_ipex_llm_has_for_gpus_only_is_one_line(tmp_path: Path) -> None:
+    with program("ipex_vllm.worker", [*ENGINE, "--low-bit", "fp8_e4m3"], tmp_path / "log") as running:
+        assert running.process.wait(120) == 1
+        last_line = running.output.splitlines()[-1]
+        assert last_line.startswith("error: --low-bit fp8_e4m3: on cpu, --engine ipex-llm has bf16, fp16, fp32, sym_i")
+
+
+def test_a_killed_worker_leaves_no_process(tmp_path: Path) -> None:
+    with worker(tmp_path, *ENGINE) as (running, _):
+        children = running.tree()[1:]
+        assert children
+        running.process.send_signal(signal.SIGKILL)
+        eventually(lambda: not any(child.is_running() for child in children), "its engine's process is gone")
+
+
+def test_a_worker_whose_engine_process_dies_says_so_and_ends(tmp_path: Path) -> None:
+    with worker(tmp_path, *ENGINE) as (running, _):
+        (engine_process,) = [child for child in running.tree()[1:] if is_python(child)]
+        engine_process.kill()
+        assert running.process.wait(60) == 1
+        assert "ipex-llm's engine died" in running.output
+
+
+def is_python(process: psutil.Process) -> bool:
+    return "ipex_vllm.worker" in process.cmdline()
