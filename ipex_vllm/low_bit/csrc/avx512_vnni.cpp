@@ -12,14 +12,9 @@ struct Avx512Vnni {
     using Dot = __m512i;
     static constexpr int lanes = 16, bytes = 64, slices = 1;
     static constexpr int max_rows = 7; // 14 int32 and 14 float32 accumulators, two codes, one activation: 31 of 32
-    static constexpr int max_direct_rows = 7;
-    static constexpr int panel_inputs = 512;
-    static constexpr int prefetch_bytes = 2048;
 
     static I zero() { return _mm512_setzero_si512(); }
     static I load_bytes(const void *p) { return _mm512_loadu_si512(p); }
-    static void store_bytes(void *p, I v) { _mm512_storeu_si512(p, v); }
-    static void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
     static I low_nibbles(I v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
     static I high_nibbles(I v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }
     static I broadcast(const void *p) {

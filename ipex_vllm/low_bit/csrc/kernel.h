@@ -10,115 +10,75 @@
 namespace w4a8 {
 namespace {
 
-// One group of 32 outputs as it is stored: float16 terms, then lines of nibbles.
-template <class V> struct PackedBlock {
-    static int64_t bytes(const Weights &w) { return w.block_bytes(); }
-    static const uint8_t *codes(const uint8_t *block, bool symmetric) {
-        return block + (symmetric ? kTermBytes : 2 * kTermBytes);
-    }
-    static void load(const uint8_t *codes, int64_t line, int slice, typename V::I &low, typename V::I &high) {
-        const typename V::I nibbles = V::load_bytes(codes + line * kLineBytes + slice * V::bytes);
-        low = V::low_nibbles(nibbles);
-        high = V::high_nibbles(nibbles);
-        V::prefetch(codes + line * kLineBytes + V::prefetch_bytes);
-    }
-    static typename V::F scale(const uint8_t *block, int output) { return V::load_half(block + 2 * output); }
-    static typename V::F min(const uint8_t *block, int output) {
-        return V::load_half(block + kTermBytes + 2 * output);
+// Where the packed bytes of the near future are. Each line that is computed fetches a little of them, so that memory is
+// read evenly and not only while codes are unpacked. A prefetch past the end of the weights is no access.
+struct Ahead {
+    const uint8_t *next;
+    int64_t bytes_per_line;
+
+    void fetch() {
+        __builtin_prefetch(next);
+        next += bytes_per_line;
     }
 };
 
-// The same group unpacked: float32 terms, then one byte per code, all still in 32 columns.
-template <class V> struct PanelBlock {
-    static constexpr int kTerms = 2 * kTileOutputs * 4;
-    static int64_t bytes(const Weights &w) { return kTerms + w.group * kTileOutputs; }
-    static const uint8_t *codes(const uint8_t *block, bool) { return block + kTerms; }
-    static void load(const uint8_t *codes, int64_t line, int slice, typename V::I &low, typename V::I &high) {
-        const uint8_t *p = codes + line * 2 * kLineBytes + slice * V::bytes;
-        low = V::load_bytes(p);
-        high = V::load_bytes(p + kLineBytes);
-    }
-    static typename V::F scale(const uint8_t *block, int output) { return V::load_float(block + 4 * output); }
-    static typename V::F min(const uint8_t *block, int output) {
-        return V::load_float(block + 4 * (kTileOutputs + output));
-    }
-};
-
-template <class V> void unpack(const Weights &w, const uint8_t *packed, int64_t groups, uint8_t *panel) {
-    using From = PackedBlock<V>;
-    using To = PanelBlock<V>;
-    for (int64_t g = 0; g < groups; ++g, packed += From::bytes(w), panel += To::bytes(w)) {
-        for (int output = 0; output < kTileOutputs; output += V::lanes) {
-            V::store_float(panel + 4 * output, From::scale(packed, output));
-            if (!w.symmetric) V::store_float(panel + 4 * (kTileOutputs + output), From::min(packed, output));
-        }
-        const uint8_t *from = From::codes(packed, w.symmetric);
-        uint8_t *to = panel + To::kTerms;
-        for (int64_t line = 0; line < w.group / 4; ++line, to += 2 * kLineBytes)
-            for (int slice = 0; slice < V::slices; ++slice) {
-                typename V::I low, high;
-                From::load(from, line, slice, low, high);
-                V::store_bytes(to + slice * V::bytes, low);
-                V::store_bytes(to + kLineBytes + slice * V::bytes, high);
-            }
-    }
-}
-
-// acc[r, :] += scale * sum(code * x) + min * sum(x) over `groups` groups, for R rows and one slice of the tile's
-// outputs (V::lanes low-nibble outputs and as many high-nibble ones).
-template <class V, class Block, bool Symmetric, int R>
-void accumulate(const Weights &w, const uint8_t *block, const Activations &a, int64_t row, int64_t first_group,
-                int64_t groups, int slice, float *acc) {
+// total[r, :] += scale * sum(code * x) + min * sum(x) over `groups` groups, for R rows and one slice of the tile's
+// outputs: V::lanes of the low nibbles and as many of the high ones.
+template <class V, bool Symmetric, int Group, int R>
+void accumulate(const uint8_t *block, const Activations &a, int64_t row, int64_t first_group, int64_t groups, int slice,
+                Ahead &ahead, float *totals) {
     using I = typename V::I;
     using F = typename V::F;
+    constexpr int terms_bytes = (Symmetric ? 1 : 2) * kTermBytes;
+    constexpr int lines = Group / 4, lines_per_step = kBlockInputs / 4;
     const int column[2] = {slice * V::lanes, kTileOutputs / 2 + slice * V::lanes};
-    const int8_t *x = a.codes + row * a.stride + first_group * w.group;
+    const int8_t *x = a.codes + row * a.stride + first_group * Group;
     const char *sums = static_cast<const char *>(a.sums) + (row * a.groups + first_group) * 4;
 
     F total[R][2];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-        for (int c = 0; c < 2; ++c) total[r][c] = V::load_float(acc + r * kTileOutputs + column[c]);
+        for (int c = 0; c < 2; ++c) total[r][c] = V::load_float(totals + r * kTileOutputs + column[c]);
 
-    for (int64_t g = 0; g < groups; ++g, block += Block::bytes(w), x += w.group, sums += 4) {
+    for (int64_t g = 0; g < groups; ++g, block += terms_bytes + lines * kLineBytes, x += Group, sums += 4) {
         I dot[R][2];
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
             dot[r][0] = dot[r][1] = Symmetric ? V::broadcast(sums + r * a.groups * 4) : V::zero();
 
-        const uint8_t *codes = Block::codes(block, Symmetric);
-        for (int64_t line = 0; line < w.group / 4; line += kBlockInputs / 4) {
+        const uint8_t *codes = block + terms_bytes + slice * V::bytes;
+#pragma GCC unroll 1
+        for (int line = 0; line < lines; line += lines_per_step) {
             typename V::Dot part[R][2];
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) {
-                part[r][0] = V::begin(dot[r][0]);
-                part[r][1] = V::begin(dot[r][1]);
-            }
+            for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+                for (int c = 0; c < 2; ++c) part[r][c] = V::begin(dot[r][c]);
 #pragma GCC unroll 8
-            for (int i = 0; i < kBlockInputs / 4; ++i) {
-                I low, high;
-                Block::load(codes, line + i, slice, low, high);
+            for (int i = line; i < line + lines_per_step; ++i) {
+                const I nibbles = V::load_bytes(codes + i * kLineBytes);
+                const I low = V::low_nibbles(nibbles), high = V::high_nibbles(nibbles);
+                ahead.fetch();
 #pragma GCC unroll 8
                 for (int r = 0; r < R; ++r) {
-                    const I quad = V::broadcast(x + r * a.stride + 4 * (line + i));
+                    const I quad = V::broadcast(x + r * a.stride + 4 * i);
                     part[r][0] = V::dot(part[r][0], low, quad);
                     part[r][1] = V::dot(part[r][1], high, quad);
                 }
             }
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) {
-                dot[r][0] = V::end(dot[r][0], part[r][0]);
-                dot[r][1] = V::end(dot[r][1], part[r][1]);
-            }
+            for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+                for (int c = 0; c < 2; ++c) dot[r][c] = V::end(dot[r][c], part[r][c]);
         }
 #pragma GCC unroll 2
         for (int c = 0; c < 2; ++c) {
-            const F scale = Block::scale(block, column[c]);
+            const F scale = V::load_half(block + 2 * column[c]);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) total[r][c] = V::fma(scale, V::to_float(dot[r][c]), total[r][c]);
             if constexpr (!Symmetric) {
-                const F min = Block::min(block, column[c]);
+                const F min = V::load_half(block + kTermBytes + 2 * column[c]);
 #pragma GCC unroll 8
                 for (int r = 0; r < R; ++r)
                     total[r][c] = V::fma(min, V::broadcast_float(sums + r * a.groups * 4), total[r][c]);
@@ -128,27 +88,38 @@ void accumulate(const Weights &w, const uint8_t *block, const Activations &a, in
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-        for (int c = 0; c < 2; ++c) V::store_float(acc + r * kTileOutputs + column[c], total[r][c]);
+        for (int c = 0; c < 2; ++c) V::store_float(totals + r * kTileOutputs + column[c], total[r][c]);
 }
 
-template <class V, class Block, int R = V::max_rows>
-void accumulate_rows(int64_t rows, const Weights &w, const uint8_t *block, const Activations &a, int64_t row,
-                     int64_t first_group, int64_t groups, float *acc) {
+template <class V, bool Symmetric, int Group, int R = V::max_rows>
+void accumulate_rows(int64_t rows, const uint8_t *block, const Activations &a, int64_t row, int64_t first_group,
+                     int64_t groups, Ahead &ahead, float *totals) {
     if constexpr (R > 1)
-        if (rows < R) return accumulate_rows<V, Block, R - 1>(rows, w, block, a, row, first_group, groups, acc);
+        if (rows < R)
+            return accumulate_rows<V, Symmetric, Group, R - 1>(rows, block, a, row, first_group, groups, ahead, totals);
     for (int slice = 0; slice < V::slices; ++slice)
-        (w.symmetric ? accumulate<V, Block, true, R>
-                     : accumulate<V, Block, false, R>)(w, block, a, row, first_group, groups, slice, acc);
+        accumulate<V, Symmetric, Group, R>(block, a, row, first_group, groups, slice, ahead, totals);
 }
 
-// Splits rows into blocks of at most V::max_rows that differ by at most one row, so that none is left nearly empty.
-template <class V, class Block>
-void accumulate_blocks(const Weights &w, const uint8_t *block, const Activations &a, int64_t begin, int64_t end,
-                       int64_t first_group, int64_t groups, float *acc) {
-    for (int64_t row = begin, left = (end - begin + V::max_rows - 1) / V::max_rows; left > 0; --left) {
-        const int64_t rows = (end - row + left - 1) / left;
-        accumulate_rows<V, Block>(rows, w, block, a, row, first_group, groups, acc + (row - begin) * kTileOutputs);
-        row += rows;
+// The tile's sums for rows [begin, end). A stretch of the weights that fits the first-level cache is used for all
+// rows before the next one is read, so that the weights come from memory once.
+template <class V, bool Symmetric, int Group>
+void accumulate_tile(const Weights &w, const Activations &a, int64_t tile, int64_t begin, int64_t end, float *totals) {
+    const int64_t row_blocks = (end - begin + V::max_rows - 1) / V::max_rows;
+    const int64_t step = row_blocks == 1 ? w.groups() : kStretchInputs / Group;
+    const int64_t fetches = Group / 4 * V::slices * row_blocks; // for each group
+    for (int64_t g = 0; g < w.groups(); g += step) {
+        const int64_t groups = w.groups() - g < step ? w.groups() - g : step;
+        const uint8_t *block = w.block(tile, g);
+        const int64_t distance = row_blocks == 1 ? kPrefetchBytes : groups * w.block_bytes();
+        Ahead ahead{block + distance, (w.block_bytes() + fetches - 1) / fetches};
+        // Blocks of rows differ by at most one row, so that none is left nearly empty.
+        for (int64_t row = begin, left = row_blocks; left > 0; --left) {
+            const int64_t rows = (end - row + left - 1) / left;
+            accumulate_rows<V, Symmetric, Group>(rows, block, a, row, g, groups, ahead,
+                                                 totals + (row - begin) * kTileOutputs);
+            row += rows;
+        }
     }
 }
 
@@ -168,7 +139,7 @@ inline int64_t element_bytes(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
 
 template <class V>
 void finish(const Weights &w, const Activations &a, const Output &out, int64_t tile, int64_t begin, int64_t end,
-            const float *acc) {
+            const float *totals) {
     const int64_t first = tile * kTileOutputs;
     const int64_t valid = w.outputs - first < kTileOutputs ? w.outputs - first : kTileOutputs;
     const int64_t element = element_bytes(out.dtype);
@@ -180,34 +151,27 @@ void finish(const Weights &w, const Activations &a, const Output &out, int64_t t
         std::memcpy(copy, from, valid * element_bytes(out.bias_dtype));
         for (int i = 0; i < kTileOutputs; i += V::lanes) V::store_float(bias + i, load<V>(copy, out.bias_dtype, i));
     }
-    for (int64_t row = begin; row < end; ++row, acc += kTileOutputs) {
+    for (int64_t row = begin; row < end; ++row, totals += kTileOutputs) {
         char *to = static_cast<char *>(out.data) + (row * w.outputs + first) * element;
         alignas(64) char last[kTileOutputs * 4];
         char *whole = valid == kTileOutputs ? to : last;
         const typename V::F scale = V::broadcast_float(a.scales + row);
         for (int i = 0; i < kTileOutputs; i += V::lanes)
-            store<V>(whole, out.dtype, i, V::fma(scale, V::load_float(acc + i), V::load_float(bias + i)));
+            store<V>(whole, out.dtype, i, V::fma(scale, V::load_float(totals + i), V::load_float(bias + i)));
         if (whole == last) std::memcpy(to, last, valid * element);
     }
 }
 
 template <class V>
 void multiply(const Weights &w, const Activations &a, const Output &out, int64_t tile, int64_t begin, int64_t end) {
-    alignas(64) float acc[kMaxPanelRows * kTileOutputs];
-    std::memset(acc, 0, (end - begin) * kTileOutputs * sizeof(float));
-    if (end - begin <= V::max_direct_rows) {
-        accumulate_blocks<V, PackedBlock<V>>(w, w.block(tile, 0), a, begin, end, 0, w.groups(), acc);
-    } else {
-        // An unpacked panel is read once per block of rows: it has to stay in the first-level cache.
-        alignas(64) uint8_t panel[V::panel_inputs * kTileOutputs + V::panel_inputs / kBlockInputs * PanelBlock<V>::kTerms];
-        const int64_t step = V::panel_inputs / w.group;
-        for (int64_t g = 0; g < w.groups(); g += step) {
-            const int64_t groups = w.groups() - g < step ? w.groups() - g : step;
-            unpack<V>(w, w.block(tile, g), groups, panel);
-            accumulate_blocks<V, PanelBlock<V>>(w, panel, a, begin, end, g, groups, acc);
-        }
-    }
-    finish<V>(w, a, out, tile, begin, end, acc);
+    alignas(64) float totals[kMaxTaskRows * kTileOutputs];
+    std::memset(totals, 0, (end - begin) * kTileOutputs * sizeof(float));
+    const auto accumulate = w.group == 32   ? w.symmetric ? accumulate_tile<V, true, 32> : accumulate_tile<V, false, 32>
+                            : w.group == 64 ? w.symmetric ? accumulate_tile<V, true, 64> : accumulate_tile<V, false, 64>
+                            : w.symmetric   ? accumulate_tile<V, true, 128>
+                                            : accumulate_tile<V, false, 128>;
+    accumulate(w, a, tile, begin, end, totals);
+    finish<V>(w, a, out, tile, begin, end, totals);
 }
 
 // A row becomes round(x * 127 / max|x|), ties to even. A row that holds a NaN or an infinity gets that as its
@@ -224,19 +188,20 @@ template <class V> void quantize(const void *x, DType dtype, const Weights &w, c
 
     const float inverse = zero ? 0.0f : 127.0f / amax;
     const F factor = V::broadcast_float(&inverse);
+    const int64_t groups = w.groups(), group = w.group;
+    const bool symmetric = w.symmetric;
     int8_t *codes = a.codes + row * a.stride;
-    for (int64_t g = 0; g < w.groups(); ++g) {
+    char *sums = static_cast<char *>(a.sums) + row * groups * 4;
+    for (int64_t g = 0, k = 0; g < groups; ++g) {
         typename V::I sum = V::zero();
-        for (int64_t k = g * w.group; k < (g + 1) * w.group; k += V::lanes) {
+        for (const int64_t end = k + group; k < end; k += V::lanes) {
             const typename V::I q = V::round(V::mul(load<V>(from, dtype, k), factor));
             V::store_int8(codes + k, q);
             sum = V::add(sum, q);
         }
-        const int32_t total = V::reduce_add(sum);
-        if (w.symmetric)
-            static_cast<int32_t *>(a.sums)[row * a.groups + g] = -8 * total;
-        else
-            static_cast<float *>(a.sums)[row * a.groups + g] = static_cast<float>(total);
+        const int32_t integer = V::reduce_add(sum), folded = -8 * integer;
+        const float real = static_cast<float>(integer);
+        std::memcpy(sums + g * 4, symmetric ? static_cast<const void *>(&folded) : &real, 4);
     }
 }
 

@@ -12,14 +12,9 @@ template <class D> struct Vector256 : D {
     using I = __m256i;
     using F = __m256;
     static constexpr int lanes = 8, bytes = 32, slices = 2;
-    static constexpr int max_direct_rows = D::max_rows;
-    static constexpr int panel_inputs = 512;
-    static constexpr int prefetch_bytes = 2048;
 
     static I zero() { return _mm256_setzero_si256(); }
     static I load_bytes(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
-    static void store_bytes(void *p, I v) { _mm256_storeu_si256(static_cast<__m256i *>(p), v); }
-    static void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
     static I low_nibbles(I v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
     static I high_nibbles(I v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
     static I broadcast(const void *p) {

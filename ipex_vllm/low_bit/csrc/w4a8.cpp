@@ -1,9 +1,6 @@
 #include "w4a8.h"
 
-#include <omp.h>
-
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <memory>
 
@@ -50,20 +47,19 @@ int32_t w4a8_linear(const void *x, const void *packed, const void *bias, void *o
                                   reinterpret_cast<float *>(buffer.get() + codes_bytes),
                                   buffer.get() + codes_bytes + scales_bytes, stride, weights.groups()};
 
-    const int64_t panels = (rows + kMaxPanelRows - 1) / kMaxPanelRows;
-    const int64_t tasks = panels * weights.tiles();
-    std::atomic<int64_t> next_row{0}, next_task{0};
-    // Work is handed out piece by piece: one core of a small machine is often busy with something else.
-    // A result never depends on which thread computed it, nor on what else was in the batch.
+    const int64_t row_tasks = (rows + kMaxTaskRows - 1) / kMaxTaskRows;
+    const int64_t tasks = row_tasks * weights.tiles();
+    // Guided: one core of a small machine is often busy with something else. What a thread takes is contiguous, for
+    // the prefetcher. A result depends neither on the thread that computed it nor on what else is in the batch.
 #pragma omp parallel num_threads(threads)
     {
-        for (int64_t row; (row = next_row.fetch_add(1, std::memory_order_relaxed)) < rows;)
-            k.quantize(x, output.dtype, weights, activations, row);
-#pragma omp barrier
-        for (int64_t task; (task = next_task.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-            const int64_t panel = task / weights.tiles();
-            k.multiply(weights, activations, output, task % weights.tiles(), panel * kMaxPanelRows,
-                       std::min(rows, (panel + 1) * kMaxPanelRows));
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; ++row) k.quantize(x, output.dtype, weights, activations, row);
+#pragma omp for schedule(guided) nowait
+        for (int64_t task = 0; task < tasks; ++task) {
+            const int64_t begin = task / weights.tiles() * kMaxTaskRows;
+            k.multiply(weights, activations, output, task % weights.tiles(), begin,
+                       std::min(rows, begin + kMaxTaskRows));
         }
     }
     return 0;
