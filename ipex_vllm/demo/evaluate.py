@@ -65,7 +65,7 @@ def score(examples: Sequence[Example], answers: Sequence[str]) -> dict[str, floa
     return {section: sum(marks) / len(marks) for section, marks in right.items()}
 
 
-def transformers_answers(model: Any, tokenizer: Any, examples: Sequence[Example], batch_size: int = 64) -> list[str]:
+def transformers_answers(model: Any, tokenizer: Any, examples: Sequence[Example], batch_size: int = 256) -> list[str]:
     """Greedy answers of a Transformers causal language model, in the order of the examples."""
     import torch
 
