@@ -111,9 +111,7 @@ def make_model(shape: str, out: Path, seed: int = 0) -> Path:
         model = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(default_dtype)
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
     # The weights come last: their file is what marks the directory as complete.

@@ -214,8 +214,9 @@ def make_services(options: UpOptions, workers: Sequence[dict[str, Any]]) -> list
     for index, flags in enumerate(workers):
         port = int(flags.get("port", options.worker_port + index))
         module = str(flags.get("module", "ipex_vllm.worker"))
-        own = {name: value for name, value in flags.items() if name not in ("port", "module")}
-        own = {"host": options.host, "controller-address": controller_url, "drain-timeout": options.drain_timeout} | own
+        own: dict[str, Any] = {"host": options.host, "controller-address": controller_url}
+        own["drain-timeout"] = options.drain_timeout
+        own |= {name: value for name, value in flags.items() if name not in ("port", "module")}
         arguments = [_as_flag(name, value) for name, value in own.items() if value not in (None, False)]
         url = str(own.get("worker-address", f"http://{options.host}:{port}"))
         services.append(
