@@ -3,7 +3,7 @@
 FastChat's clients ask a worker for its conversation template and render prompts themselves. A Hugging Face model has
 a Jinja chat template instead. It is translated by probing: dialogues of marker words are rendered, the text between
 the markers gives the pieces of a `Conversation`, and the result counts only if it renders further dialogues to the
-same tokens as the chat template does.
+same text as the chat template does.
 
 A `Conversation` cannot say everything: it always writes the system block, and it opens earlier replies exactly as it
 opens the one to come. `ChatFormat.normalize` puts both right in the prompts that clients send.
@@ -181,15 +181,8 @@ class Renderer:
         return text
 
     def agrees(self, chat_format: ChatFormat, dialogue: Sequence[Message]) -> bool:
-        """Whether a client that uses `chat_format` sends the model the same tokens as its chat template gives."""
-        ours = chat_format.normalize(render_conversation(chat_format.conversation, dialogue))
-        return self._tokens(ours) == self._tokens(self(dialogue))
-
-    def _tokens(self, text: str) -> list[int]:
-        bos = self.tokenizer.bos_token
-        spells_bos = bool(bos) and text.startswith(bos)
-        token_ids: list[int] = self.tokenizer(text, add_special_tokens=not spells_bos)["input_ids"]
-        return token_ids
+        """Whether a client that uses `chat_format` sends the model what its chat template writes."""
+        return chat_format.normalize(render_conversation(chat_format.conversation, dialogue)) == self(dialogue)
 
 
 def render_conversation(conversation: dict[str, Any], dialogue: Sequence[Message]) -> str:

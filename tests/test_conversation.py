@@ -364,6 +364,19 @@ async def test_the_model_sees_one_bos(family, tokenizer, chat_format, api_server
         assert tokenizer.bos_token_id not in token_ids
 
 
+async def test_braces_around_a_system_message(api_server):
+    """FastChat fills the system template with str.format."""
+    template = """\
+{%- for message in messages -%}
+    {%- set text = message.role + ': ' + message.content -%}
+    {{ ('{' + text + '}' if message.role == 'system' else text) + '\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ 'assistant: ' }}{%- endif -%}"""
+    chat_format = translate(make_tokenizer(Family(template, bos="<s>", eos="</s>")))
+    prompt = (await api_server(chat_format, as_messages(["Hi"], "Be {terse}.")))["prompt"]
+    assert prompt == "{system: Be {terse}.}\nuser: Hi\nassistant: "
+
+
 def test_the_conversation_stops_at_tokens_not_at_text(family, tokenizer, chat_format):
     ends = {family.eos, family.end_of_turn} - {None}
     assert set(chat_format.conversation["stop_token_ids"]) == set(tokenizer.convert_tokens_to_ids(sorted(ends)))
