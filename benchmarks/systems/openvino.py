@@ -11,4 +11,6 @@ from benchmarks.systems.base import Launch, openai_server, python_of
 def launch(model: Path, port: int, flags: list[str]) -> Launch:
     python = python_of(".venv-openvino", "env-openvino")
     server = str(Path(__file__).with_name("openvino_server.py"))
-    return openai_server([python, server, "--model-path", str(model), "--port", str(port), *flags], model.name, port)
+    # -P: the script's own directory has a module named openvino, this one, which would hide the library.
+    argv = [python, "-P", server, "--model-path", str(model), "--port", str(port), *flags]
+    return openai_server(argv, model.name, port)
