@@ -78,6 +78,7 @@ def run(arguments: Sequence[str], engine: str | None) -> int:
     if args.model_names is None:
         args.model_names = Path(args.model_path).name
     args.model_path = resolve_model_path(args.model_path)
+    check_model_directory(args.model_path)
     options: WorkerOptions = from_namespace(WorkerOptions, args)
     facts = cpu.ModelFacts.read(options.model_path)
     num_ranks = getattr(args, "tensor_parallel_size", 1) * getattr(args, "pipeline_parallel_size", 1)
@@ -110,6 +111,15 @@ def make_parser(engine: str | None, add_help: bool = True) -> Parser:
     )
     add_options(group, WorkerOptions)
     return parser
+
+
+def check_model_directory(model_path: str) -> None:
+    """Raise EngineError for a path that holds no model; a name may be one that Hugging Face knows."""
+    path = Path(model_path)
+    is_path = path.is_absolute() or model_path.startswith((".", "~")) or path.exists()
+    if is_path and not (path / "config.json").exists():
+        reason = "holds no config.json" if path.exists() else "does not exist"
+        raise EngineError(f"--model-path {model_path} {reason}: give the directory of a Hugging Face model")
 
 
 def load_engine(location: str) -> type[Engine]:
