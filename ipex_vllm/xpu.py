@@ -1,0 +1,130 @@
+"""Intel GPUs ("XPU"): what is there, and the settings that follow from it; what cpu.py is for processors.
+
+Written against vLLM 0.32 and PyTorch 2.13, whose names the tests check, and not yet run on hardware: see docs/xpu.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ipex_vllm.cpu import GIB, Machine, ModelFacts, Plan
+from ipex_vllm.engine import EngineError
+from ipex_vllm.options import WorkerOptions
+
+MEMORY_SHARE = 0.92  # vLLM's own default for a card that is free; the rest is the driver's and the desktop's
+ACTIVATION_BYTES = GIB  # of a prefill step, and oneDNN's and oneCCL's buffers
+DEFAULT_CONTEXT_LENGTH = 2048
+
+# They choose which cards PyTorch sees; the numbers count what the one before leaves.
+SELECTORS = ("ZE_AFFINITY_MASK", "ONEAPI_DEVICE_SELECTOR")
+
+# From the quick start of IPEX-LLM. Set today, they do nothing, or something else than they did.
+OUTDATED_VARIABLES = {
+    "USE_XETLA": "XeTLA was part of Intel's extension for PyTorch; vLLM's XPU kernels do not read it",
+    "SYCL_PI_LEVEL_ZERO_USE_IMMEDIATE_COMMANDLISTS": (
+        "immediate command lists are the default now; UR_L0_USE_IMMEDIATE_COMMANDLISTS is the name on older GPUs"
+    ),
+    "BIGDL_LLM_XMX_DISABLED": "a switch of ipex-llm's own kernels, which are not in use here",
+    "IPEX_LLM_LOWBIT": "the format is chosen with --low-bit",
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    """One GPU, as this process may use it. Memory in bytes."""
+
+    name: str
+    memory_total: int
+    memory_free: int
+
+
+@dataclass
+class XpuPlan(Plan):
+    """The settings for GPUs. `memory_utilization` is vLLM's: the share of a card's whole memory that it may fill."""
+
+    memory_utilization: float = MEMORY_SHARE
+
+
+def probe() -> tuple[Card, ...]:
+    """The GPUs that PyTorch sees; none with a build of it that knows only processors."""
+    import torch
+
+    cards = []
+    for index in range(torch.xpu.device_count()):
+        free, total = torch.xpu.mem_get_info(index)
+        cards.append(Card(torch.xpu.get_device_name(index), total, free))
+    return tuple(cards)
+
+
+def make_plan(
+    cards: Sequence[Card],
+    machine: Machine,
+    options: WorkerOptions,
+    model: ModelFacts,
+    num_ranks: int = 1,
+    max_model_len: int | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> XpuPlan:
+    """Choose the settings. Raises EngineError when there are too few cards, or the model does not fit into them."""
+    if not cards:
+        raise EngineError(
+            "--device xpu: PyTorch finds no Intel GPU. It needs one, its driver, and XPU builds of PyTorch and vLLM; "
+            "docs/xpu.md says how to get them."
+        )
+    if num_ranks > len(cards):
+        raise EngineError(f"--device xpu: {num_ranks} GPUs are asked for and PyTorch sees {len(cards)}")
+    used = cards[:num_ranks]
+    utilization = min(MEMORY_SHARE, *(MEMORY_SHARE * card.memory_free / card.memory_total for card in used))
+    kv_cache_bytes, kv_reason = _choose_kv_cache(used, options, model, utilization, max_model_len)
+    names = ", ".join(
+        f"{card.name} ({card.memory_free / GIB:.1f} of {card.memory_total / GIB:.1f} GiB)" for card in used
+    )
+    selectors = [f"{name}={environ[name]}" for name in SELECTORS if name in environ]
+    use_compile = options.compile is not False
+    return XpuPlan(
+        rank_cores=(tuple(cpu.id for cpu in machine.cpus),) * num_ranks,
+        kv_cache_bytes=kv_cache_bytes,
+        use_compile=use_compile,
+        memory_utilization=utilization,
+        lines=[
+            f"GPUs: {names} free; {len(cards)} seen ({', '.join(selectors) or f'{SELECTORS[0]} narrows them down'})",
+            f"KV cache: {kv_cache_bytes / GIB:.2f} GiB a GPU ({kv_reason})",
+            f"mode: {'torch.compile' if use_compile else 'eager'} "
+            + ("(vLLM's default; --no-compile starts sooner)" if use_compile else "(chosen with --no-compile)"),
+            *(f"{name} is set: {what}" for name, what in OUTDATED_VARIABLES.items() if name in environ),
+        ],
+    )
+
+
+def apply_plan(args: argparse.Namespace, options: WorkerOptions, plan: XpuPlan) -> None:
+    """Hand the plan to vLLM, except where the user already said something to vLLM itself."""
+    if options.kv_cache_gib is not None and args.kv_cache_memory_bytes is None:
+        args.kv_cache_memory_bytes = plan.kv_cache_bytes
+    # vLLM measures the rest on the card, but refuses to start when less is free than its default share.
+    args.gpu_memory_utilization = min(args.gpu_memory_utilization, plan.memory_utilization)
+    args.enforce_eager = args.enforce_eager or not plan.use_compile
+
+
+def _choose_kv_cache(
+    cards: Sequence[Card], options: WorkerOptions, model: ModelFacts, utilization: float, max_model_len: int | None
+) -> tuple[int, str]:
+    if options.kv_cache_gib is not None:
+        return int(options.kv_cache_gib * GIB), "chosen with --kv-cache-gib"
+    budget = int(min(card.memory_total for card in cards) * utilization)
+    weights = model.loaded_bytes(options.low_bit)
+    if weights is None or model.kv_bytes_per_token is None:
+        return budget // 2, "the model's size is not known yet; vLLM measures what is left"
+    size = budget - weights // len(cards) - ACTIVATION_BYTES
+    context = max_model_len or model.max_position or DEFAULT_CONTEXT_LENGTH
+    one_sequence = context * model.kv_bytes_per_token // len(cards)
+    if size < one_sequence:
+        raise EngineError(
+            f"too little GPU memory: {budget / GIB:.1f} GiB can be used on each of {len(cards)}, "
+            f"{weights / len(cards) / GIB:.1f} GiB weights, {ACTIVATION_BYTES / GIB:.1f} GiB activations, and one "
+            f"sequence of {context} tokens needs {one_sequence / GIB:.2f} GiB of KV cache. Use a smaller --low-bit, "
+            "shorten --max-model-len, or spread the model with --tensor-parallel-size."
+        )
+    return size, f"about {size // one_sequence} sequences of {context} tokens; vLLM measures it"

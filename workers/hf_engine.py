@@ -1,0 +1,243 @@
+"""The engine on plain Transformers: the baseline that the vLLM engine is compared with.
+
+One thread does all the work, one request after the other; it is the queue as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch.nn.functional import normalize
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from ipex_vllm.cpu import Plan
+from ipex_vllm.engine import Engine, EngineError
+from ipex_vllm.low_bit.formats import Format, resolve
+from ipex_vllm.low_bit.hf import quantize_model
+from ipex_vllm.options import WorkerOptions
+from ipex_vllm.protocol import Delta, GenerateRequest, InternalError, InvalidParameter
+from ipex_vllm.tokenization import PromptEncoder
+from ipex_vllm.vllm_engine import root_cause
+from workers.hf_generation import Generation
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+DEFAULT_CONTEXT_LENGTH = 2048  # vLLM's, for a model that tells none
+MAX_CONTEXT_LENGTH = 1 << 30  # a tokenizer that knows no limit says a larger number
+EMBEDDING_BATCH_TOKENS = 2048  # with padding
+
+
+class HfEngine(Engine):
+    name = "Transformers"
+
+    def __init__(self, model: Any, tokenizer: Any, context_length: int, thread: ThreadPoolExecutor) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._context_length = context_length
+        self._thread = thread
+        self._encoder = PromptEncoder(tokenizer, context_length)
+        self._eos_token_ids = eos_token_ids(tokenizer, model.generation_config)
+        # A checkpoint's own sampling defaults would slip into requests that ask for none.
+        model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id or 0)
+        self._active: set[threading.Event] = set()
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        group = parser.add_argument_group("Transformers")
+        group.add_argument("--max-model-len", type=int, metavar="TOKENS", help="context length; default: the model's")
+        group.add_argument("--trust-remote-code", action="store_true", help="run Python code that the model brings")
+
+    @classmethod
+    async def start(cls, options: WorkerOptions, args: argparse.Namespace, plan: Plan) -> HfEngine:
+        thread = ThreadPoolExecutor(1, "generation", initializer=use_cores, initargs=(plan.rank_cores[0],))
+        return await asyncio.get_running_loop().run_in_executor(thread, cls._load, options, args, thread)
+
+    @classmethod
+    def _load(cls, options: WorkerOptions, args: argparse.Namespace, thread: ThreadPoolExecutor) -> HfEngine:
+        path = options.model_path
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+            context_length = choose_context_length(config, tokenizer, args.max_model_len)
+            model = load_model(options, args)
+        except EngineError:
+            raise
+        except Exception as error:  # of any kind: a checkpoint can bring its own code
+            logger.debug("Transformers could not load the model", exc_info=True)
+            raise EngineError(f"Transformers could not load {path}: {root_cause(error)}") from error
+        return cls(model, tokenizer, context_length, thread)
+
+    @property
+    def context_length(self) -> int:
+        return self._context_length
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._tokenizer
+
+    async def count_tokens(self, prompt: str) -> int:
+        return len(await self._encoder.encode(prompt))
+
+    async def stream(self, request: GenerateRequest, request_id: str) -> AsyncGenerator[Delta, None]:
+        loop = asyncio.get_running_loop()
+        steps: asyncio.Queue[list[Delta] | None] = asyncio.Queue()
+        prompt = await self._encode(request.prompt)
+        with self._abortable() as aborted:
+            generation = Generation(
+                self._model,
+                self._decode,
+                request,
+                prompt,
+                max_new_tokens=min(request.max_new_tokens, self._context_length - len(prompt)),
+                stop_token_ids=self._stop_token_ids(request),
+                on_step=lambda deltas: loop.call_soon_threadsafe(steps.put_nowait, deltas),
+                aborted=aborted,
+            )
+            generated = loop.run_in_executor(self._thread, generation.run)
+            generated.add_done_callback(lambda _: steps.put_nowait(None))
+            while (deltas := await steps.get()) is not None:
+                for delta in deltas:
+                    yield delta
+            await self._finished(generated)
+
+    async def embed(self, inputs: Sequence[str]) -> tuple[list[list[float]], int]:
+        """The mean of the last hidden states over each input's tokens, divided by its norm."""
+        token_ids = [await self._encode(text) for text in inputs]
+        with self._abortable() as aborted:
+            embedded = asyncio.get_running_loop().run_in_executor(self._thread, embed, self._model, token_ids, aborted)
+            return await self._finished(embedded), sum(map(len, token_ids))
+
+    async def wait_dead(self) -> str:
+        never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        return await never
+
+    async def stop(self) -> None:
+        for aborted in self._active:
+            aborted.set()
+        await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
+
+    async def _encode(self, text: str) -> list[int]:
+        token_ids = await self._encoder.encode_for_generation(text)
+        if not token_ids:
+            raise InvalidParameter("The text has no tokens. Send some.")
+        return token_ids
+
+    def _decode(self, token_ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def _stop_token_ids(self, request: GenerateRequest) -> frozenset[int]:
+        return frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else self._eos_token_ids)
+
+    @contextlib.contextmanager
+    def _abortable(self) -> Iterator[threading.Event]:
+        """An event that is set when the caller has gone, or when the engine stops."""
+        aborted = threading.Event()
+        self._active.add(aborted)
+        try:
+            yield aborted
+        finally:
+            aborted.set()
+            self._active.remove(aborted)
+
+    async def _finished(self, work: asyncio.Future[Result]) -> Result:
+        """Wait for work on the thread. Raises InternalError."""
+        try:
+            return await work
+        except Exception as error:
+            logger.error("Generation failed", exc_info=error)
+            raise InternalError(f"The engine failed: {root_cause(error)} Send the request again later.") from error
+
+
+def use_cores(cores: Sequence[int]) -> None:
+    """Compute on `cores` only, one OpenMP thread each: both are properties of the thread that calls this."""
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(len(cores))
+
+
+def load_model(options: WorkerOptions, args: argparse.Namespace) -> Any:
+    """Load the model in the chosen format, ready to generate on the chosen device. Raises EngineError."""
+    format = choose_format(options.low_bit, options.device)
+    dtype = "auto"
+    if format is not None:
+        # Low-bit kernels take their activations in bfloat16.
+        dtype = format.dtype if format.kind == "dtype" else "bfloat16"
+    model = AutoModelForCausalLM.from_pretrained(
+        options.model_path, dtype=dtype, trust_remote_code=args.trust_remote_code
+    )
+    if format is not None and format.kind != "dtype":
+        quantize_model(model, format.name)
+    return model.to(options.device).eval()
+
+
+def choose_format(low_bit: str | None, device: str) -> Format | None:
+    """The row of the format table that --low-bit names. Raises EngineError when the engine does not have it."""
+    if low_bit is None:
+        return None
+    try:
+        format = resolve(low_bit)
+    except ValueError as error:
+        raise EngineError(f"--low-bit: {error}") from error
+    if device != "cpu" and format.kind != "dtype":
+        raise EngineError(f"--low-bit {low_bit}: on --device {device} this worker has bf16, fp16 and fp32")
+    return format
+
+
+def choose_context_length(config: Any, tokenizer: Any, chosen: int | None) -> int:
+    """What the model and its tokenizer allow, as vLLM reads it, or less. Raises EngineError."""
+    limits = [
+        limit
+        for limit in (getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length)
+        if limit is not None and limit <= MAX_CONTEXT_LENGTH
+    ]
+    longest = min(limits, default=DEFAULT_CONTEXT_LENGTH)
+    if chosen is not None and not 1 < chosen <= longest:
+        raise EngineError(f"--max-model-len {chosen}: the model has a context of {longest} tokens")
+    return chosen or longest
+
+
+def eos_token_ids(tokenizer: Any, generation_config: GenerationConfig) -> frozenset[int]:
+    """The tokens that end a text: the tokenizer's one, and those in generation_config.json, which can be several."""
+    configured = generation_config.eos_token_id
+    several = configured if isinstance(configured, list) else [configured]
+    return frozenset(token_id for token_id in (tokenizer.eos_token_id, *several) if token_id is not None)
+
+
+@torch.inference_mode()
+def embed(model: Any, token_ids: Sequence[list[int]], aborted: threading.Event) -> list[list[float]]:
+    """Mean-pooled, normalised last hidden states, in the order of `token_ids`; fewer of them once `aborted` is set."""
+    vectors: dict[int, list[float]] = {}
+    for batch in embedding_batches([len(ids) for ids in token_ids]):
+        if aborted.is_set():
+            break
+        rows = [torch.tensor(token_ids[index]) for index in batch]
+        input_ids = pad_sequence(rows, batch_first=True).to(model.device)
+        lengths = torch.tensor([len(row) for row in rows], device=model.device).unsqueeze(1)
+        # Padded on the right, where a causal model's other tokens do not see it.
+        mask = (torch.arange(input_ids.shape[1], device=model.device) < lengths).long()
+        hidden = model.base_model(input_ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
+        means = (hidden * mask.unsqueeze(2)).sum(dim=1) / lengths
+        vectors.update(zip(batch, normalize(means).tolist(), strict=True))
+    return [vectors[index] for index in sorted(vectors)]
+
+
+def embedding_batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Group the indices of inputs of about the same length, with at most EMBEDDING_BATCH_TOKENS in a group."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
+        if batch and lengths[index] * (len(batch) + 1) > EMBEDDING_BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(index)
+    yield batch
