@@ -2,7 +2,7 @@
 
     python -m benchmarks.offline --model-path DIR --worker "--low-bit sym_int4" --arrivals closed:4 --requests 8
 
-Rounds alternate between the two (A B B A ...), the worker stopped with SIGSTOP while the engine here works.
+Rounds alternate between the two (A B B A ...), each stopped with SIGSTOP while the other one works.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ import asyncio
 import contextlib
 import os
 import shlex
+import signal
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks.client import Event, record
 from benchmarks.compare import WAKE_UP, WARM_UP_SEED
@@ -25,7 +28,7 @@ from benchmarks.measure import Run, Target, measure, measure_client
 from benchmarks.metrics import Timeline
 from benchmarks.options import BenchmarkError, add_options, run_main
 from benchmarks.output import number, print_json_line, print_table
-from benchmarks.running import RunningSystem
+from benchmarks.running import RunningSystem, signal_all
 from benchmarks.statistics import paired_ratio
 from benchmarks.systems import launch
 from benchmarks.systems.base import ROOT
@@ -98,17 +101,25 @@ async def compare(
     """Measure the engine and the running worker in turn; return the runs of each, by round. Raises EngineError."""
     how = running.launch
     target = Target(how.url, how.protocol, how.model, running.pids)
+    before = set(psutil.Process().children(recursive=True))
     engine = await start_engine(engine_arguments)
+    # An engine without work still spins for a while, so it is stopped too while the worker is measured.
+    engine_processes = set(psutil.Process().children(recursive=True)) - before
 
     async def here(seed: int, label: str) -> Run:
         work = make_work(replace(load, seed=load.seed + seed), writer)
+        await measure_client(EngineClient(engine), [], make_work(WAKE_UP, writer), WAKE_UP, "waking up")
         return await measure_client(EngineClient(engine), [], work, load, f"{label} engine")
 
     async def served(seed: int, label: str) -> Run:
         work = make_work(replace(load, seed=load.seed + seed), writer)
-        with running.resumed():
-            await measure(target, make_work(WAKE_UP, writer), WAKE_UP, "waking up")
-            return await measure(target, work, load, f"{label} worker")
+        signal_all(engine_processes, signal.SIGSTOP)
+        try:
+            with running.resumed():
+                await measure(target, make_work(WAKE_UP, writer), WAKE_UP, "waking up")
+                return await measure(target, work, load, f"{label} worker")
+        finally:
+            signal_all(engine_processes, signal.SIGCONT)
 
     runs: dict[Any, list[Run]] = {here: [], served: []}
     try:

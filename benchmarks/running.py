@@ -11,7 +11,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -127,9 +127,7 @@ class RunningSystem:
             self.pause()
 
     def _signal(self, number: signal.Signals) -> None:
-        for process in self._tree():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(number)
+        signal_all(self._tree(), number)
 
     def stop(self) -> None:
         """End all processes, the last one started first: politely, then by force."""
@@ -144,6 +142,13 @@ class RunningSystem:
                 process.kill()
         for server in self._processes:
             server.wait()
+
+
+def signal_all(processes: Iterable[psutil.Process], number: signal.Signals) -> None:
+    """Send a signal to all of them that are still there."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
 
 
 def _answers(method: str, url: str) -> bool:
