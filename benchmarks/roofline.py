@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.options import BenchmarkError, run_main
+from ipex_vllm.low_bit import formats as low_bit
 
 BUFFER_BYTES = 2**30
 MATMUL_SIZE = 2048
@@ -33,18 +34,15 @@ class Format:
     head_bits: float
     compute: str
 
+    @classmethod
+    def of(cls, row: low_bit.Format) -> Format:
+        """One of our formats: a group has a 16-bit scale, an asymmetric one a 16-bit minimum beside it."""
+        extra = (16 if row.symmetric else 32) / row.group_size if row.group_size else 0
+        return cls(row.bits + extra, row.bits + extra, "int8" if row.kind == "integer" else "float")
 
-# Block formats: 32 weights share an fp16 scale (0.5 bit each); asym_int4 has an fp16 minimum beside it.
-# head_bits are those of the output projection, which some systems leave in 16 bits or quantize less.
-FORMATS = {
-    "fp32": Format(32, 32, "float"),
-    "fp16": Format(16, 16, "float"),
-    "bf16": Format(16, 16, "float"),
-    "fp8_e4m3": Format(8, 16, "float"),
-    "fp8_e5m2": Format(8, 16, "float"),
-    "sym_int8": Format(8.5, 16, "int8"),
-    "sym_int4": Format(4.5, 16, "int8"),
-    "asym_int4": Format(5, 16, "int8"),
+
+# head_bits are those of the output projection, which OpenVINO keeps in 8 bits.
+FORMATS = {name: Format.of(row) for name, row in low_bit.FORMATS.items()} | {
     "openvino_int8": Format(8, 8, "int8"),
     "openvino_int4": Format(4.25, 8, "int8"),
     "q4_0": Format(4.5, 4.5, "int8"),

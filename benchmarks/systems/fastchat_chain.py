@@ -1,4 +1,4 @@
-"""FastChat's controller and OpenAI API server in front of our worker: what the chain costs beside the worker alone.
+"""FastChat's controller and OpenAI API server (by our launcher of it) in front of our worker: what the chain costs beside the worker alone.
 
 Flags are the worker's. The chain streams no usage, so output tokens are known from the limit that ended the request,
 and it passes no `ignore_eos` on: a request that the model ends early counts as incomplete.
@@ -22,7 +22,7 @@ def launch(model: Path, port: int, flags: list[str]) -> Launch:
             Command(listen("fastchat.serve.controller", 1), ("POST", f"{controller}/list_models")),
             Command([*listen("ipex_vllm.worker", 2), *worker_options, *flags], ("POST", f"{worker}/worker_get_status")),
             Command(
-                [*listen("fastchat.serve.openai_api_server", 0), "--controller-address", controller],
+                [*listen("ipex_vllm.fastchat_api", 0), "--controller-address", controller],
                 ("GET", f"{api}/v1/models"),
             ),
         ],
