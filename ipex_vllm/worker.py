@@ -81,6 +81,9 @@ def run(arguments: Sequence[str], engine: str | None) -> int:
     check_model_directory(args.model_path)
     options: WorkerOptions = from_namespace(WorkerOptions, args)
     facts = cpu.ModelFacts.read(options.model_path)
+    if options.device == "cpu" and getattr(args, "dtype", "auto") == "auto":
+        options, line = cpu.choose_weights(machine, options, facts)
+        logger.info("%s", line)
     num_ranks = getattr(args, "tensor_parallel_size", 1) * getattr(args, "pipeline_parallel_size", 1)
     max_model_len = getattr(args, "max_model_len", None)
     if options.device == "xpu":

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ipex_vllm import cpu
-from ipex_vllm.cpu import GIB, Machine, ModelFacts, make_plan, preload_and_reexecute
+from ipex_vllm.cpu import GIB, Machine, ModelFacts, choose_weights, make_plan, preload_and_reexecute
 from ipex_vllm.engine import EngineError
 from ipex_vllm.options import WorkerOptions
 
@@ -555,3 +555,22 @@ def test_a_model_that_is_not_here_is_unknown(tmp_path):
     assert ModelFacts.read("someone/model") == ModelFacts()
     (tmp_path / "config.json").write_text("{")
     assert ModelFacts.read(str(tmp_path)) == ModelFacts()
+
+
+def test_without_bf16_instructions_float32_is_chosen_where_it_fits(small_box):
+    machine = replace(small_box.probe(), isa=("avx2", "avx512f", "avx512_vnni"), memory_available=16 * GIB)
+    model = replace(MODEL_1B, weight_bytes=2 * GIB)
+
+    def weights(machine=machine, model=model, **options):
+        chosen, line = choose_weights(machine, WorkerOptions(**options), model)
+        assert line.startswith("weights: ")
+        assert "(" in line or "quantized" in line, "a reason"
+        return chosen.low_bit
+
+    assert weights() == "fp32"
+    assert weights(low_bit="bf16") == "bf16"
+    assert weights(low_bit="sym_int4") == "sym_int4"
+    assert weights(machine=replace(machine, isa=("avx512f", "avx512_bf16"))) is None
+    assert weights(machine=replace(machine, memory_available=6 * GIB)) is None
+    assert weights(model=replace(model, is_quantized=True)) is None
+    assert weights(model=replace(model, weight_bytes=None)) is None, "its size is not known before it is fetched"
