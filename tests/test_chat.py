@@ -7,14 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import httpx
 import pexpect
 import pytest
 from fastchat.conversation import SeparatorStyle
 
 from ipex_vllm.conversation import ChatFormat
 from ipex_vllm.server import Slots, WorkerServer
-from tests.processes import Process, running
+from tests.processes import Stack, fastchat_stack
 from tests.support import FakeEngine, free_port, serving
 
 CHATML = {
@@ -41,37 +40,16 @@ def engine() -> FakeEngine:
 
 
 @pytest.fixture(scope="module")
-def worker(engine: FakeEngine) -> Iterator[str]:
-    with serving(WorkerServer(engine, NAMES, ChatFormat(CHATML, "<system></system>", ""), Slots(8, 8))) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def controller(worker: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    port = str(free_port())
-    command = ("-m", "fastchat.serve.controller", "--host", "127.0.0.1", "--port", port)
-    directory = tmp_path_factory.mktemp("service") / "controller"
-    with running(Process(directory, f"http://127.0.0.1:{port}", "POST /list_models", *command)) as process:
-        status = {"model_names": NAMES, "speed": 1, "queue_length": 0}
-        body = {"worker_name": worker, "check_heart_beat": False, "worker_status": status, "multimodal": False}
-        httpx.post(f"{process.url}/register_worker", json=body, trust_env=False).raise_for_status()
-        yield process.url
-
-
-@pytest.fixture(scope="module")
-def openai_server(controller: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    port = str(free_port())
-    command = ("-m", "ipex_vllm.fastchat_api", "--host", "127.0.0.1", "--port", port)
-    directory = tmp_path_factory.mktemp("service") / "api"
-    url = f"http://127.0.0.1:{port}"
-    with running(Process(directory, url, "GET /v1/models", *command, "--controller-address", controller)) as process:
-        yield process.url
+def stack(engine: FakeEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    server = WorkerServer(engine, NAMES, ChatFormat(CHATML, "<system></system>", ""), Slots(8, 8))
+    with fastchat_stack(tmp_path_factory.mktemp("service"), server) as stack:
+        yield stack
 
 
 @pytest.fixture(params=["worker", "controller", "openai_server"])
-def url(request: pytest.FixtureRequest) -> str:
+def url(stack: Stack, request: pytest.FixtureRequest) -> str:
     """One after the other, everything that can be chatted with."""
-    address: str = request.getfixturevalue(request.param)
+    address: str = getattr(stack, request.param)
     return address
 
 
@@ -132,9 +110,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(open_chat: Open, url: str, 
     chat.expect(pexpect.EOF)
 
 
-def test_stopped_answer_is_aborted_at_the_worker(open_chat: Open, worker: str, engine: FakeEngine) -> None:
+def test_stopped_answer_is_aborted_at_the_worker(open_chat: Open, stack: Stack, engine: FakeEngine) -> None:
     engine.texts, engine.interval_s = ["word "] * 1000, 0.05
-    chat = open_chat("--url", worker)
+    chat = open_chat("--url", stack.worker)
     chat.expect_exact("> ")
     chat.sendline("Go on")
     chat.expect_exact("word word")
@@ -147,8 +125,8 @@ def test_stopped_answer_is_aborted_at_the_worker(open_chat: Open, worker: str, e
         time.sleep(0.05)
 
 
-def test_commands(open_chat: Open, controller: str, engine: FakeEngine) -> None:
-    chat = open_chat("--url", controller, "--model", "second-model", "--system", "Be brief.")
+def test_commands(open_chat: Open, stack: Stack, engine: FakeEngine) -> None:
+    chat = open_chat("--url", stack.controller, "--model", "second-model", "--system", "Be brief.")
     for line, answer in (
         ("/model", "* second-model"),
         ("/model first-model", "* first-model"),
