@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ class Comparison:
         self.failed: dict[str, str] = {}
         self.model = (ROOT / spec.model).resolve()
         self._logs = logs
+        self._residents: dict[str, RunningSystem] = {}
         self._server_cores = server_cores
         self._writer = PromptWriter(self.model)
         self._wake_up_call = make_work(WAKE_UP, self._writer)
@@ -81,33 +82,44 @@ class Comparison:
         baseline = self.spec.baseline
         if baseline in self.absent:
             raise BenchmarkError(f"baseline {baseline!r}: {self.absent[baseline]}")
-        self._stage("noise", {baseline: present[baseline], TWIN: present[baseline]}, 0)
-        for number, names in enumerate(self.spec.groups(list(present))):
-            self._stage("main", {name: present[name] for name in names}, number * self.spec.rounds)
+        try:
+            self._stage("noise", [baseline, TWIN], 0)
+            for number, names in enumerate(self.spec.groups(list(present)), start=1):
+                self._stage("main", names, number * self.spec.rounds)
+        finally:
+            self._keep_resident([])
 
-    def _stage(self, stage: Stage, systems: Mapping[str, SystemSpec], first_round: int) -> None:
-        with contextlib.ExitStack() as stack:
-            names = list(systems)
-            residents: dict[str, RunningSystem] = {}
-            if self.spec.resident:
-                for name in names:
-                    with self._noting_failure(name):
-                        residents[name] = stack.enter_context(self._started(name, systems))
-                        self._warm_up(residents[name])
-                        residents[name].pause()
-            for round in range(first_round, first_round + self.spec.rounds):
-                for name in names if round % 2 == 0 else reversed(names):
-                    if name in self.failed:
-                        continue
-                    with self._noting_failure(name):
-                        if self.spec.resident:
-                            with residents[name].resumed():
-                                self._run(residents[name], self._wake_up_call, WAKE_UP, "waking up")
-                                self._visit(stage, round, name, residents[name])
-                        else:
-                            with self._started(name, systems) as running:
-                                self._warm_up(running)
-                                self._visit(stage, round, name, running)
+    def _stage(self, stage: Stage, names: Sequence[str], first_round: int) -> None:
+        if self.spec.resident:
+            self._keep_resident(names)
+        for round in range(first_round, first_round + self.spec.rounds):
+            for name in names if round % 2 == 0 else reversed(names):
+                if name in self.failed:
+                    continue
+                with self._noting_failure(name):
+                    if self.spec.resident:
+                        running = self._residents[name]
+                        with running.resumed():
+                            self._run(running, self._wake_up_call, WAKE_UP, "waking up")
+                            self._visit(stage, round, name, running)
+                    else:
+                        with self._system(name) as running:
+                            self._warm_up(running)
+                            self._visit(stage, round, name, running)
+
+    def _keep_resident(self, names: Sequence[str]) -> None:
+        """Stop the systems that are not among `names`, start those that are missing, and leave all of them paused."""
+        for name in self._residents.keys() - set(names):
+            self._residents.pop(name).stop()
+        for name in names:
+            if name in self._residents or name in self.failed:
+                continue
+            with self._noting_failure(name):
+                running = self._system(name)
+                running.start()
+                self._residents[name] = running
+                self._warm_up(running)
+                running.pause()
 
     @contextlib.contextmanager
     def _noting_failure(self, name: str) -> Iterator[None]:
@@ -123,10 +135,13 @@ class Comparison:
         port = self.spec.port + PORTS_PER_SYSTEM * position
         return launch(system.system, self.model, port, shlex.split(system.flags))
 
-    def _started(self, name: str, systems: Mapping[str, SystemSpec]) -> RunningSystem:
+    def _system(self, name: str) -> RunningSystem:
+        """The system, not yet started. TWIN is the baseline under another name and port."""
         log.print(f"starting {name}")
-        env = {key: str(value) for key, value in systems[name].env.items()}
-        how = self._launch(systems[name], list(systems).index(name))
+        names = [*self.spec.systems, TWIN]
+        system = self.spec.systems[self.spec.baseline if name == TWIN else name]
+        env = {key: str(value) for key, value in system.env.items()}
+        how = self._launch(system, names.index(name))
         return RunningSystem(how, self._logs / f"{name.replace(' ', '-')}.log", env, self._server_cores)
 
     def work(self, workload: str, seed_offset: int) -> Work:

@@ -34,9 +34,9 @@ def split_cores() -> tuple[set[int], set[int]]:
 
 
 class RunningSystem:
-    """A system that runs on `cores` while the `with` block does; its output goes to `log`.
+    """A system on `cores`, its output in `log`; `with` starts and stops it.
 
-    Raises BenchmarkError, with the last line of the log, when a process ends or is not ready in time.
+    Starting raises BenchmarkError, with the last line of the log, when a process ends or is not ready in time.
     """
 
     def __init__(self, launch: Launch, log: Path, env: Mapping[str, str], cores: set[int]) -> None:
@@ -47,6 +47,11 @@ class RunningSystem:
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> RunningSystem:
+        self.start()
+        return self
+
+    def start(self) -> None:
+        """Start all processes and wait until the model is served. Raises BenchmarkError, with nothing left running."""
         try:
             for command in self.launch.commands:
                 self._start(command)
@@ -55,7 +60,6 @@ class RunningSystem:
         except BaseException:
             self.stop()
             raise
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -1,4 +1,4 @@
-"""FastChat's controller and OpenAI API server (by our launcher of it) in front of our worker: what the chain costs beside the worker alone.
+"""FastChat's controller and OpenAI API server in front of our worker: what the chain costs beside the worker alone.
 
 Flags are the worker's. The chain streams no usage, so output tokens are known from the limit that ended the request,
 and it passes no `ignore_eos` on: a request that the model ends early counts as incomplete.
