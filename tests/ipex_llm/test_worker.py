@@ -60,11 +60,11 @@ def text(url: str, **params: object) -> str:
 
 
 def test_a_stream_grows_and_ends_twice_with_the_whole_answer(url: str) -> None:
-    frames = stream(url, prompt=PROMPT, echo=False, temperature=0, max_new_tokens=48)
+    frames = stream(url, prompt=PROMPT, echo=False, temperature=0, max_new_tokens=200)
     texts = [frame["text"] for frame in frames]
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
     assert [frame["finish_reason"] for frame in frames[-2:]] == [None, "stop"]
-    assert texts[-1] == texts[-2] == text(url, max_new_tokens=48)
+    assert texts[-1] == texts[-2] == text(url, max_new_tokens=200)
     assert "iterable" in texts[-1]
 
 
@@ -99,7 +99,7 @@ def test_stop_strings_stop_ids_and_the_length_end_a_text(url: str) -> None:
     past_eos = generate(url, prompt=PROMPT, temperature=0, max_new_tokens=64, ignore_eos=True)
     assert (past_eos["usage"]["completion_tokens"], past_eos["finish_reason"]) == (64, "length")
     end_of_turn = 2
-    assert text(url, max_new_tokens=64, ignore_eos=True, stop_token_ids=[end_of_turn]) == text(url, max_new_tokens=64)
+    assert text(url, max_new_tokens=200, ignore_eos=True, stop_token_ids=[end_of_turn]) == text(url, max_new_tokens=200)
 
 
 def test_echo_and_logprobs_cover_prompt_and_completion(url: str) -> None:
