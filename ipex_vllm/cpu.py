@@ -294,7 +294,9 @@ def _choose_kv_cache(
         return size, "the model's size is not known yet; --kv-cache-gib changes it"
     free = machine.memory_available - weight_bytes - PROCESS_MEMORY_BYTES
     context = max_model_len or model.max_position or 2048
-    one_sequence = context * model.kv_bytes_per_token
+    # vLLM keeps keys and values in the dtype that it computes in.
+    token_bytes = model.kv_bytes_per_token * (2 if options.low_bit == "fp32" else 1)
+    one_sequence = context * token_bytes
     size = min(int(free * KV_CACHE_SHARE), one_sequence * KV_CACHE_MAX_SEQUENCES)
     # A rank takes its memory from the node of its cores.
     first_cores = {cores[0] for cores in rank_cores}
@@ -309,7 +311,7 @@ def _choose_kv_cache(
             f"and one sequence of {context} tokens needs {one_sequence / GIB:.2f} GiB of KV cache. "
             "Free memory, shorten --max-model-len, or set --kv-cache-gib."
         )
-    tokens = size // model.kv_bytes_per_token
+    tokens = size // token_bytes
     return size // num_ranks, (
         f"{tokens} tokens, {tokens / context:.0f} sequences of {context}; "
         f"{free / GIB:.1f} GiB are free after {weight_bytes / GIB:.1f} GiB of weights"

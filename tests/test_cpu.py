@@ -320,6 +320,10 @@ def test_no_more_kv_cache_than_a_full_batch_can_fill(dual_xeon):
     assert kv_cache(dual_xeon.probe(), MODEL_1B) == 256 * 2048 * 22_528
 
 
+def test_a_model_in_float32_keeps_its_cache_in_float32(dual_xeon):
+    assert kv_cache(dual_xeon.probe(), MODEL_1B, low_bit="fp32") == 256 * 2048 * 22_528 * 2
+
+
 def test_a_second_worker_fits_on_the_same_box(hybrid_desktop):
     first = kv_cache(hybrid_desktop.probe())
     hybrid_desktop.set_available(50 - 16 - 2 - first / GIB)

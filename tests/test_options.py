@@ -304,6 +304,7 @@ def test_no_engine_option_hides_a_worker_option(engine_parser):
 
 
 def test_explain_prints_the_plan_and_no_secret(monkeypatch, caplog, capfd, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
     (tmp_path / "options.yaml").write_text("api_token: file-secret\n")
     monkeypatch.setenv("IPEX_VLLM_API_TOKEN", "variable-secret")
     caplog.set_level("DEBUG")
