@@ -1,0 +1,74 @@
+"""What each low-bit format does to the demo model: `python -m benchmarks.low_bit_accuracy [--limit 60] [--answers]`.
+
+Weights are quantized, dequantized and used in float32 by Transformers, so that only the weights' rounding counts.
+"nearest" is ipex-llm's own rounding, bit for bit for sym_int4 and asym_int4; "search" is this package's. Prints a line
+per format and, as the last line of its output, the same as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+from ipex_vllm.demo import resolve_model_path
+from ipex_vllm.demo.evaluate import load_examples, open_transformers, perplexity, transformers_answers
+from ipex_vllm.low_bit.formats import FORMATS, Format
+from ipex_vllm.low_bit.quantize import dequantize, quantize
+
+
+def round_weights(model: Any, format: Format, search: bool) -> float:
+    """Round the weights of the linear layers in place; return the squared error relative to the squared weights."""
+    error = total = 0.0
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            weight = module.weight.detach()
+            rounded = dequantize(quantize(weight, format, search=search))
+            error += (rounded - weight).square().sum().item()
+            total += weight.square().sum().item()
+            module.weight = nn.Parameter(rounded, requires_grad=False)
+    return error / total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-path", default="demo")
+    parser.add_argument("--limit", type=int, help="examples of each section; default: all")
+    parser.add_argument("--answers", action="store_true", help="also generate and compare the answers")
+    options = parser.parse_args()
+    examples = load_examples(options.limit)
+    path = resolve_model_path(options.model_path)
+
+    def measure(format: Format | None, search: bool) -> tuple[float, float, list[str]]:
+        model, tokenizer = open_transformers(path, dtype=torch.float32)
+        error = 0.0 if format is None else round_weights(model, format, search)
+        answers = transformers_answers(model, tokenizer, examples) if options.answers else []
+        return error, perplexity(model, tokenizer, examples), answers
+
+    _, base, base_answers = measure(None, False)
+    rows = []
+    for format in (row for row in FORMATS.values() if row.kind != "dtype"):
+        for search in (False, True) if format.kind == "integer" and format.bits < 8 else (False,):
+            error, value, answers = measure(format, search)
+            row: dict[str, Any] = {
+                "format": format.name,
+                "rounding": "search" if search else "nearest",
+                "relative_squared_error": error,
+                "perplexity_ratio": value / base,
+            }
+            if answers:
+                kept = sum(answer == other for answer, other in zip(answers, base_answers, strict=True))
+                row["answers_kept"] = kept / len(answers)
+            rows.append(row)
+            print(
+                "  ".join(f"{entry:.5f}" if isinstance(entry, float) else f"{entry:10}" for entry in row.values()),
+                flush=True,
+            )
+    print(json.dumps({"examples": len(examples), "perplexity": base, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Every kernel against dequantizing in float32 and multiplying, on what each does to the activations."""
+
+import pytest
+import torch
+
+from ipex_vllm.low_bit.formats import FORMATS, Format
+from ipex_vllm.low_bit.matmul import KERNELS, DequantizingLinear, LowBitLinear, choose_kernel, make_linear
+from ipex_vllm.low_bit.quantize import dequantize, quantize
+
+QUANTIZED = [row for row in FORMATS.values() if row.kind != "dtype"]
+SHAPES = [(64, 128), (33, 64), (96, 1024)]
+TOKENS = [1, 2, 3, 4, 5, 8, 16, 17, 64, 129, 257]
+
+
+def available(dtype: torch.dtype) -> list[tuple[type[LowBitLinear], Format]]:
+    return [(k, f) for k in KERNELS for f in QUANTIZED if k.unavailable_reason(f, 64, 128, dtype) is None]
+
+
+def activations(tokens: int, features: int) -> dict[str, torch.Tensor]:
+    normal = torch.randn(tokens, features)
+    outliers = normal.clone()
+    outliers[:, ::29] *= 50
+    return {"normal": normal, "outliers": outliers, "zeros": torch.zeros_like(normal), "denormal": normal * 1e-39}
+
+
+def allowed_error(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Half an 8-bit step on each activation, added in quadrature with a margin of 4, and the rounding of the result.
+
+    Some kernels round activations to 8 bits, symmetric or with a zero point; none does worse than that.
+    """
+    step = x.abs().amax(1, keepdim=True) / 127
+    from_activations = 4 * step / 2 * weight.norm(dim=1) / 3**0.5
+    precision = torch.finfo(dtype).eps
+    return from_activations + precision * (x.abs() @ weight.abs().t()) + 2 * precision + 1e-30
+
+
+@pytest.mark.parametrize(
+    ("kernel", "format"),
+    available(torch.bfloat16),
+    ids=lambda value: value.__name__ if isinstance(value, type) else value.name,
+)
+@pytest.mark.parametrize("kind", ["normal", "outliers", "zeros", "denormal"])
+def test_a_kernel_is_within_its_rounding_of_the_float32_product(
+    kernel: type[LowBitLinear], format: Format, kind: str
+) -> None:
+    torch.manual_seed(0)
+    for out_features, in_features in SHAPES:
+        if kernel.unavailable_reason(format, out_features, in_features, torch.bfloat16):
+            continue
+        weight = torch.randn(out_features, in_features) * 0.02
+        weight[0], weight[1, ::5], weight[2] = 0, 3.0, 0.25
+        quantized = quantize(weight, format)
+        linear, reference = kernel(quantized, torch.bfloat16), dequantize(quantized)
+        bias = torch.randn(out_features).bfloat16()
+        for tokens in TOKENS:
+            x = activations(tokens, in_features)[kind].bfloat16()
+            expected = x.float() @ reference.t()
+            allowed = allowed_error(x.float(), reference, torch.bfloat16)
+            assert ((linear(x).float() - expected).abs() <= allowed).all()
+            with_bias = expected + bias.float()
+            allowed = allowed + with_bias.abs() * 2**-8
+            assert ((linear(x, bias).float() - with_bias).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("format", QUANTIZED, ids=lambda row: row.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_leading_dimensions_and_dtype_of_the_activations_are_kept(format: Format, dtype: torch.dtype) -> None:
+    linear = make_linear(quantize(torch.randn(64, 128), format), dtype)
+    y = linear(torch.randn(2, 3, 128, dtype=dtype))
+    assert (y.shape, y.dtype) == ((2, 3, 64), dtype)
+    assert linear(torch.randn(0, 128, dtype=dtype)).shape == (0, 64)
+
+
+@pytest.mark.parametrize("format", QUANTIZED, ids=lambda row: row.name)
+def test_torch_compile_takes_the_layer_whole_and_gives_the_same_numbers(format: Format) -> None:
+    linear = make_linear(quantize(torch.randn(64, 128), format), torch.bfloat16)
+    compiled = torch.compile(lambda x: linear(x * 2) + 1, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (1, 7):
+        x = torch.randn(tokens, 128).bfloat16()
+        assert torch.equal(compiled(x), linear(x * 2) + 1)
+
+
+@pytest.mark.parametrize("name", ["sym_int4", "asym_int4", "sym_int8"])
+def test_the_formats_with_integer_codes_compute_in_integers_here(name: str) -> None:
+    assert choose_kernel(FORMATS[name], 64, 128, torch.bfloat16) is not DequantizingLinear
+
+
+def test_a_shape_that_no_fast_kernel_takes_falls_back_to_one_that_does() -> None:
+    assert choose_kernel(FORMATS["nf4"], 33, 64, torch.bfloat16) is DequantizingLinear
