@@ -18,7 +18,7 @@ import types
 
 import httpx
 
-TIMEOUT_S = 5.0
+TIMEOUT_S = 30.0
 
 
 def main() -> None:
