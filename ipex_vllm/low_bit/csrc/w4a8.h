@@ -6,14 +6,14 @@
 
 namespace w4a8 {
 
-constexpr int kTileOutputs = 32;   // outputs in one tile: the low and the high nibbles of one 64-byte line
-constexpr int kLineBytes = 64;     // one packed line: 4 consecutive inputs of 32 outputs
-constexpr int kTermBytes = 64;     // 32 float16 scales (or minima): one per output of the tile
-constexpr int kBlockInputs = 32;   // the smallest group, and the step in which a kernel walks a group
+constexpr int kTileOutputs = 32;    // outputs in one tile: the low and the high nibbles of one 64-byte line
+constexpr int kLineBytes = 64;      // one packed line: 4 consecutive inputs of 32 outputs
+constexpr int kTermBytes = 64;      // 32 float16 scales (or minima): one per output of the tile
+constexpr int kBlockInputs = 32;    // the smallest group, and the step in which a kernel walks a group
 constexpr int kStretchInputs = 512; // inputs of a tile that are used for all rows at once: 9 KiB of weights
 constexpr int kPrefetchBytes = 4096; // how far ahead a tile is fetched when it is used only once
-constexpr int kMaxTaskRows = 126;  // rows in one task: their partial sums take 32 KiB
-constexpr int kRowPadding = 64;    // bytes between quantized rows, so that rows do not meet in the same cache set
+constexpr int kMaxTaskRows = 128;   // rows in one task: their sums take 16 KiB
+constexpr int kRowPadding = 64;     // bytes between quantized rows, so that rows do not meet in the same cache set
 
 enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 enum Isa : int32_t { kNone = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512Vnni = 3 };

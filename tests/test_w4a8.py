@@ -1,0 +1,309 @@
+"""The W4A8 kernel: every result against float64, and the same bits for any batch, thread count, instruction set."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ipex_vllm.low_bit import w4a8
+
+ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "ipex_vllm/low_bit/csrc"
+
+# Outputs and inputs of each model's linear layers, alone and as vLLM merges them (QKV, gate and up).
+MODEL_SHAPES = {
+    "llama-1.1b": [(2048, 2048), (256, 2048), (2560, 2048), (5632, 2048), (11264, 2048), (2048, 5632)],
+    "llama-7b": [(4096, 4096), (12288, 4096), (11008, 4096), (22016, 4096), (4096, 11008)],
+    "llama-8b": [(1024, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336)],
+    "qwen-2.5-0.5b": [(896, 896), (128, 896), (1152, 896), (4864, 896), (9728, 896), (896, 4864)],
+}
+EVERY_ROWS = [*range(1, 130), 255, 256, 257, 1000]
+# The rounding of the result itself, and what float32 may lose over the groups.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11 + 2e-6}
+
+
+def random_weight(outputs: int, inputs: int, group: int, symmetric: bool) -> tuple[torch.Tensor, ...]:
+    codes = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8)
+    scales = (torch.rand(outputs, inputs // group) * 0.01).half().float()
+    mins = None if symmetric else (torch.randn(outputs, inputs // group) * 0.05).half().float()
+    return codes, scales, mins
+
+
+def reference(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, mins: torch.Tensor | None) -> torch.Tensor:
+    """Dequantized weights times quantized activations in float64: the result, and the sum of its terms' magnitudes."""
+    group = codes.shape[1] // scales.shape[1]
+    mins = -8 * scales if mins is None else mins
+    weight = codes.double() * scales.double().repeat_interleave(group, 1) + mins.double().repeat_interleave(group, 1)
+    largest = x.float().abs().amax(-1, keepdim=True)
+    x_codes = (x.float() * (torch.full_like(largest, 127) / largest)).nan_to_num().round()
+    rounded = x_codes.double() * (largest / 127).double()
+    return torch.stack([rounded @ weight.T, rounded.abs() @ weight.abs().T])
+
+
+def assert_close(out: torch.Tensor, expected: torch.Tensor) -> None:
+    result, magnitude = expected
+    error = (out.double() - result).abs()
+    bound = TOLERANCE[out.dtype] * result.abs() + 2e-6 * magnitude
+    assert (error <= bound).all(), f"off by up to {(error / bound).max():.2f} times the tolerance"
+
+
+def isas() -> list[int]:
+    """The instruction sets of this CPU: AVX-VNNI has to be asked for, the others follow from the best one."""
+    flags = Path("/proc/cpuinfo").read_text().split()
+    return [isa for isa, flag in ((1, "avx2"), (2, "avx_vnni"), (3, "avx512_vnni")) if flag in flags]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_the_kernel_was_built_and_runs_here():
+    assert w4a8.unavailable_reason() is None
+    assert w4a8.isa() == w4a8.ISAS[isas()[-1]]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", w4a8.GROUP_SIZES)
+@pytest.mark.parametrize("outputs", [64, 70])
+def test_unpack_inverts_pack(outputs, group, symmetric):
+    codes, scales, mins = random_weight(outputs, 384, group, symmetric)
+    packed = w4a8.pack(codes, scales, mins)
+    assert packed.numel() == w4a8.packed_bytes(outputs, 384, group, symmetric)
+    assert packed.is_contiguous()
+    unpacked = w4a8.unpack(packed, outputs, group, symmetric)
+    assert torch.equal(unpacked[0], codes)
+    assert torch.equal(unpacked[1], scales)
+    assert unpacked[2] is None if symmetric else torch.equal(unpacked[2], mins)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", w4a8.GROUP_SIZES)
+def test_every_number_of_rows(group, symmetric):
+    codes, scales, mins = random_weight(96, 640, group, symmetric)
+    packed = w4a8.pack(codes, scales, mins)
+    x = torch.randn(max(EVERY_ROWS), 640)
+    expected = reference(x, codes, scales, mins)
+    for rows in EVERY_ROWS:
+        assert_close(w4a8.linear(x[:rows], packed, None, 96, group, symmetric), expected[:, :rows])
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("shape", [shape for shapes in MODEL_SHAPES.values() for shape in shapes], ids=str)
+def test_the_shapes_of_the_models(shape, symmetric):
+    # All outputs are computed; four tiles of them are compared, since float64 takes seconds for the rest.
+    outputs, inputs = shape
+    for group in w4a8.GROUP_SIZES:
+        tiles = outputs // w4a8.TILE_OUTPUTS
+        packed = torch.randint(0, 256, (w4a8.packed_bytes(*shape, group, symmetric),), dtype=torch.uint8)
+        blocks = packed.view(tiles, inputs // group, -1)
+        for term in range(1 if symmetric else 2):
+            values = torch.randn(tiles, inputs // group, w4a8.TILE_OUTPUTS) * 0.01
+            blocks[..., term * w4a8.TERM_BYTES :][..., : w4a8.TERM_BYTES] = values.half().view(torch.uint8)
+        chosen = torch.randperm(tiles)[:4]
+        columns = (chosen[:, None] * w4a8.TILE_OUTPUTS + torch.arange(w4a8.TILE_OUTPUTS)).flatten()
+        weight = w4a8.unpack(blocks[chosen].flatten(), len(columns), group, symmetric)
+        for rows in (1, 4, 17):
+            x = torch.randn(rows, inputs, dtype=torch.bfloat16)
+            out = w4a8.linear(x, packed, None, outputs, group, symmetric)
+            assert_close(out[:, columns], reference(x, *weight))
+
+
+@pytest.mark.parametrize("dtype", w4a8.DTYPES)
+@pytest.mark.parametrize("bias_dtype", [None, torch.float32, "same"])
+def test_dtypes_and_bias(dtype, bias_dtype):
+    codes, scales, mins = random_weight(70, 256, 32, True)
+    packed = w4a8.pack(codes, scales, mins)
+    x = torch.randn(2, 5, 256).to(dtype)
+    bias = None if bias_dtype is None else torch.randn(70).to(dtype if bias_dtype == "same" else bias_dtype)
+    out = w4a8.linear(x, packed, bias, 70, 32, True)
+    assert out.shape == (2, 5, 70)
+    assert out.dtype == dtype
+    expected = reference(x.flatten(0, 1), codes, scales, mins)
+    if bias is not None:
+        expected += torch.stack([bias.double(), bias.double().abs()])[:, None]
+    assert_close(out.flatten(0, 1), expected)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_row_does_not_depend_on_its_batch(symmetric):
+    packed = w4a8.pack(*random_weight(96, 1152, 32, symmetric))
+    x = torch.randn(130, 1152, dtype=torch.bfloat16)
+    together = w4a8.linear(x, packed, None, 96, 32, symmetric)
+    alone = torch.cat([w4a8.linear(row, packed, None, 96, 32, symmetric) for row in x.split(1)])
+    assert torch.equal(together, alone)
+
+
+def test_same_bits_for_any_number_of_threads(threads):
+    packed = w4a8.pack(*random_weight(480, 1152, 64, False))
+    x = torch.randn(300, 1152)
+    results = []
+    for count in (1, 2, 5):
+        threads(count)
+        results.append([w4a8.linear(x[:rows], packed, None, 480, 64, False) for rows in (1, 9, 300)])
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
+
+
+@pytest.mark.parametrize("dtype", w4a8.DTYPES)
+def test_same_bits_for_every_instruction_set(dtype):
+    packed = w4a8.pack(*random_weight(96, 1152, 128, False))
+    x = (torch.randn(20, 1152) * torch.logspace(-3, 3, 20)[:, None]).to(dtype)
+    results = [w4a8.linear_with_isa(x, packed, None, 96, 128, False, isa) for isa in isas()]
+    assert len(results) > 1
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("group", w4a8.GROUP_SIZES)
+@pytest.mark.parametrize("isa", isas())
+def test_the_largest_sums_do_not_overflow(isa, group):
+    codes = torch.tensor([0, 15], dtype=torch.uint8).repeat_interleave(32)[:, None].expand(64, 14336).contiguous()
+    scales = torch.ones(64, 14336 // group)
+    signs = torch.tensor([1.0, -1.0])
+    x = torch.stack([torch.ones(14336), -torch.ones(14336), signs.repeat(7168), signs.repeat_interleave(7168)])
+    for mins in (None, -15 * scales):
+        packed = w4a8.pack(codes, scales, mins)
+        out = w4a8.linear_with_isa(x, packed, None, 64, group, mins is None, isa)
+        assert_close(out, reference(x, codes, scales, mins))
+
+
+def test_extreme_rows_stay_to_themselves():
+    codes, scales, mins = random_weight(64, 256, 32, True)
+    packed = w4a8.pack(codes, scales, mins)
+    x = torch.randn(7, 256)
+    usual = w4a8.linear(x, packed, None, 64, 32, True)
+    x[1] = 0
+    x[2] *= 1e36
+    x[3] *= 1e-28
+    x[4] *= 1e-40
+    x[5, 3] = float("nan")
+    x[6, 3] = float("inf")
+    out = w4a8.linear(x, packed, None, 64, 32, True)
+    assert torch.equal(out[0], usual[0])
+    assert out[1].eq(0).all()
+    assert_close(out[2:4], reference(x[2:4], codes, scales, mins))
+    assert out[4].eq(0).all(), "below 2^-100 a row counts as zero"
+    assert not out[5:].isfinite().any()
+
+
+def test_float16_results_overflow_to_infinity():
+    packed = w4a8.pack(torch.full((32, 128), 15, dtype=torch.uint8), torch.full((32, 4), 100.0), None)
+    assert w4a8.linear(torch.full((1, 128), 100.0).half(), packed, None, 32, 32, True).isposinf().all()
+
+
+def test_no_rows_and_strided_rows():
+    packed = w4a8.pack(*random_weight(64, 128, 32, True))
+    assert w4a8.linear(torch.empty(0, 128), packed, None, 64, 32, True).shape == (0, 64)
+    x = torch.randn(5, 256)
+    strided = w4a8.linear(x[:, ::2], packed, None, 64, 32, True)
+    assert torch.equal(strided, w4a8.linear(x[:, ::2].contiguous(), packed, None, 64, 32, True))
+
+
+def test_bad_weights_are_refused():
+    codes, scales, _ = random_weight(64, 128, 32, True)
+    for bad_scales in (scales[:, :3], scales[:32], torch.ones(64, 8), torch.empty(64, 0)):
+        with pytest.raises(ValueError, match="K must be 32, 64 or 128 times"):
+            w4a8.pack(codes, bad_scales, None)
+    with pytest.raises(ValueError, match="shape of the scales"):
+        w4a8.pack(codes, scales, scales[:32])
+    with pytest.raises(ValueError, match="below 65504"):
+        w4a8.pack(codes, scales * 1e9, None)
+
+
+def test_bad_calls_are_refused():
+    packed = w4a8.pack(*random_weight(64, 128, 32, True))
+    x = torch.randn(1, 128)
+    with pytest.raises(ValueError, match="are not"):
+        w4a8.linear(x[:, :64], packed, None, 64, 32, True)
+    with pytest.raises(ValueError, match="bias of 63"):
+        w4a8.linear(x, packed, torch.zeros(63), 64, 32, True)
+    with pytest.raises(ValueError, match="float32, float16 or bfloat16"):
+        w4a8.linear(x.double(), packed, None, 64, 32, True)
+
+
+def test_the_operator_compiles_into_one_graph():
+    packed = w4a8.pack(*random_weight(64, 128, 32, True))
+    bias = torch.randn(64)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(w4a8.linear(x * 2, packed, bias, 64, 32, True))
+
+    x = torch.randn(3, 128)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (3, 4, 9):
+        x = torch.randn(rows, 128)
+        assert torch.equal(compiled(x), layer(x))
+    operator = torch.ops.ipex_vllm.w4a8_linear.default
+    torch.library.opcheck(operator, (x, packed, bias, 64, 32, True), test_utils=("test_schema", "test_faketensor"))
+
+
+THREAD_COUNT = """
+import os, torch
+from ipex_vllm.low_bit import w4a8
+torch.set_num_threads(3)
+torch.randn(512, 512) @ torch.randn(512, 512)
+torch.randn(1 << 22).exp()
+before = len(os.listdir("/proc/self/task"))
+packed = w4a8.pack(torch.zeros(1024, 512, dtype=torch.uint8), torch.ones(1024, 16), None)
+w4a8.linear(torch.randn(64, 512), packed, None, 1024, 32, True)
+print(before, len(os.listdir("/proc/self/task")))
+"""
+
+
+@pytest.mark.parametrize("preload", [None, "libiomp5.so"])
+def test_the_kernel_runs_on_the_threads_that_torch_has(preload):
+    env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    if preload:
+        env["LD_PRELOAD"] = str(Path(sys.prefix, "lib", preload))
+    done = subprocess.run([sys.executable, "-c", THREAD_COUNT], env=env, capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before == after >= 3
+
+
+def test_without_the_library_the_reason_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(w4a8, "LIBRARY", tmp_path / "libw4a8.so")
+    assert "install a C++ compiler" in w4a8.unavailable_reason()
+
+
+def test_without_a_compiler_the_package_still_builds(tmp_path):
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
+    env = os.environ | {"CC": "false", "CXX": "false"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_no_access_past_a_buffer_and_no_undefined_behaviour(tmp_path):
+    driver = tmp_path / "driver"
+    sanitize = ["-std=c++17", "-O1", "-g", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    avx2 = ["-mavx2", "-mfma", "-mf16c"]
+    # AVX-512 has AVX-VNNI's one instruction in another encoding: such a CPU runs that kernel's source, too.
+    other_encoding = ["-mavx512vl", "-mavx512vnni", "-D_mm256_dpbusd_avx_epi32=_mm256_dpbusd_epi32"]
+    avx_vnni = other_encoding if 3 in isas() else ["-mavxvnni"]
+    sources = {
+        ROOT / "tests/w4a8_driver.cpp": [],
+        CSRC / "w4a8.cpp": [],
+        CSRC / "avx2.cpp": avx2,
+        CSRC / "avx_vnni.cpp": [*avx2, *avx_vnni],
+        CSRC / "avx512_vnni.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"],
+    }
+    objects = []
+    for source, flags in sources.items():
+        objects.append(str(tmp_path / f"{source.stem}.o"))
+        subprocess.run(["g++", *sanitize, *flags, f"-I{CSRC}", "-c", str(source), "-o", objects[-1]], check=True)
+    subprocess.run(["g++", *sanitize, *objects, "-o", str(driver)], check=True)
+    # Leaks are not looked for: OpenMP keeps its threads until the process ends.
+    env = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run([str(driver)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{3 if 3 in isas() else len(isas())} instruction sets" in done.stdout

@@ -1,0 +1,95 @@
+// Runs every kernel this CPU can run against a plain loop, on buffers of exactly the needed size: under
+// AddressSanitizer a read or write past an end stops it. The results have to be the same bits.
+#include "w4a8.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+#include <random>
+#include <vector>
+
+using namespace w4a8;
+
+static float half_to_float(uint16_t h) {
+    const int exponent = h >> 10 & 31, mantissa = h & 1023;
+    const float value = exponent ? std::ldexp(float(mantissa + 1024), exponent - 25) : std::ldexp(float(mantissa), -24);
+    return h >> 15 ? -value : value;
+}
+
+static uint16_t half_at(const uint8_t *p) {
+    uint16_t value;
+    std::memcpy(&value, p, 2);
+    return value;
+}
+
+static std::vector<float> reference(const std::vector<float> &x, const Weights &w, const float *bias, int64_t rows) {
+    std::vector<float> out(rows * w.outputs);
+    std::vector<int> q(w.inputs);
+    for (int64_t m = 0; m < rows; ++m) {
+        float amax = 0;
+        for (int64_t k = 0; k < w.inputs; ++k) amax = std::fmax(amax, std::fabs(x[m * w.inputs + k]));
+        const bool zero = amax < 0x1p-100f;
+        for (int64_t k = 0; k < w.inputs; ++k)
+            q[k] = zero ? 0 : int(std::nearbyint(x[m * w.inputs + k] * (127.0f / amax)));
+        for (int64_t n = 0; n < w.outputs; ++n) {
+            float total = 0;
+            const int lane = n % 16, high = n % kTileOutputs / 16;
+            for (int64_t g = 0; g < w.groups(); ++g) {
+                const uint8_t *block = w.block(n / kTileOutputs, g);
+                int dot = 0, sum = 0;
+                for (int64_t k = 0; k < w.group; ++k) {
+                    const uint8_t byte = block[w.terms_bytes() + k / 4 * kLineBytes + lane * 4 + k % 4];
+                    dot += (high ? byte >> 4 : byte & 15) * q[g * w.group + k];
+                    sum += q[g * w.group + k];
+                }
+                const float scale = half_to_float(half_at(block + 2 * (n % kTileOutputs)));
+                total = std::fma(scale, float(w.symmetric ? dot - 8 * sum : dot), total);
+                if (!w.symmetric)
+                    total = std::fma(half_to_float(half_at(block + kTermBytes + 2 * (n % kTileOutputs))), float(sum), total);
+            }
+            out[m * w.outputs + n] = std::fma(zero ? 0 : amax / 127.0f, total, bias ? bias[n] : 0.0f);
+        }
+    }
+    return out;
+}
+
+int main() {
+    std::mt19937 random(0);
+    std::vector<int> isas{kAvx2};
+    if (w4a8_isa() >= kAvxVnni) isas.push_back(kAvxVnni);
+    if (w4a8_isa() == kAvx512Vnni) isas.push_back(kAvx512Vnni);
+    int checked = 0;
+    for (const int64_t group : {32, 64, 128})
+        for (const bool symmetric : {true, false})
+            for (const int64_t outputs : {1, 31, 32, 33, 80})
+                for (const int64_t inputs : {group, 5 * group, int64_t(1152)})
+                    for (const int64_t rows : {1, 2, 3, 6, 7, 8, 15, 129}) {
+                        Weights w{nullptr, outputs, inputs, group, symmetric};
+                        std::vector<uint8_t> packed(w.tiles() * w.groups() * w.block_bytes());
+                        for (auto &byte : packed) byte = random();
+                        for (int64_t b = 0; b < w.tiles() * w.groups(); ++b)
+                            for (int64_t i = 1; i < w.terms_bytes(); i += 2) // float16 below 2: finite
+                                packed[b * w.block_bytes() + i] &= 0xbf;
+                        w.packed = packed.data();
+                        std::vector<float> x(rows * inputs), bias(outputs), out(rows * outputs);
+                        for (auto &value : x) value = std::normal_distribution<float>()(random);
+                        for (auto &value : bias) value = std::normal_distribution<float>()(random);
+                        const float *added = rows % 2 ? bias.data() : nullptr;
+                        const auto expected = reference(x, w, added, rows);
+                        for (const int isa : isas)
+                            for (const int threads : {1, 3}) {
+                                std::fill(out.begin(), out.end(), NAN);
+                                if (w4a8_linear(x.data(), packed.data(), added, out.data(), rows, outputs, inputs, group,
+                                                symmetric, kFloat32, kFloat32, isa, threads) ||
+                                    std::memcmp(out.data(), expected.data(), out.size() * 4)) {
+                                    std::printf("isa %d: %ld x %ld, group %ld, symmetric %d, rows %ld differ\n", isa,
+                                                long(outputs), long(inputs), long(group), symmetric, long(rows));
+                                    return 1;
+                                }
+                                ++checked;
+                            }
+                    }
+    std::printf("%d results, %zu instruction sets\n", checked, isas.size());
+}
