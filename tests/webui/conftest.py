@@ -1,0 +1,83 @@
+"""The service with its web UI, started once, and a headless Chromium in front of it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, expect, sync_playwright
+
+from ipex_vllm.webui import find_environment
+from tests.processes import Process, python_service, running
+from tests.webui.page import ChatPage
+
+expect.set_options(timeout=60_000)  # milliseconds
+CHROMIUM_FLAGS = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # no network but this machine
+)
+
+
+@pytest.fixture(scope="session")
+def service_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("service")
+
+
+@pytest.fixture(scope="session")
+def controller(service_directory: Path) -> Iterator[Process]:
+    module = "fastchat.serve.controller"
+    with running(python_service(service_directory / "controller", "POST /list_models", module)) as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def demo_worker(service_directory: Path, controller: Process) -> Iterator[Process]:
+    model = ("--model-path", "demo", "--model-names", "demo", "--kv-cache-gib", "0.5")
+    module = ("ipex_vllm.worker", *model, "--controller-address", controller.url)
+    with running(python_service(service_directory / "worker", "GET /ready", *module)) as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def webui(service_directory: Path, controller: Process) -> Iterator[Process]:
+    if find_environment() is None:
+        pytest.fail("the web UI's environment is missing: run `make env-webui`")
+    module = ("ipex_vllm.webui", "--controller-url", controller.url)
+    with running(python_service(service_directory / "webui", "GET /", *module)) as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    executable = shutil.which("chromium")
+    if executable is None:
+        pytest.fail("Chromium is missing: run `make chromium`")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=CHROMIUM_FLAGS, headless=True)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser: Browser, webui: Process) -> Iterator[OpenPage]:
+    """Opens the page in a browser session of its own: `open_page(model="demo")`."""
+    opened = OpenPage(browser, webui.url)
+    yield opened
+    opened.close()
+
+
+class OpenPage:
+    def __init__(self, browser: Browser, url: str) -> None:
+        self._context = browser.new_context(viewport={"width": 1100, "height": 1000}, device_scale_factor=1)
+        self._context.set_default_timeout(60_000)
+        self._url = url
+
+    def __call__(self, **parameters: str) -> ChatPage:
+        query = "&".join(f"{name}={value}" for name, value in parameters.items())
+        return ChatPage(self._context.new_page(), f"{self._url}/?{query}")
+
+    def close(self) -> None:
+        self._context.close()

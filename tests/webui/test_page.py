@@ -1,0 +1,145 @@
+"""FastChat's web UI in headless Chromium, on a real controller, a real worker with the demo model, and fake workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+import pytest
+from playwright.sync_api import expect
+from transformers import AutoTokenizer
+
+from ipex_vllm.conversation import ChatFormat, translate
+from ipex_vllm.demo import MODEL_DIR
+from ipex_vllm.server import Slots, WorkerServer
+from tests.processes import Process, register
+from tests.support import FakeEngine, serving
+from tests.webui.conftest import OpenPage
+
+QUESTION = "What does os.path.join do?"
+ANSWER = "os.path.join joins two or more pathname components, inserting '/' as needed."
+OTHER_QUESTION = "What is a deque?"
+OTHER_ANSWER = "collections.deque is a list-like sequence optimized for data accesses near its endpoints."
+
+
+@pytest.fixture(scope="module")
+def chat_format() -> ChatFormat:
+    translated = translate(AutoTokenizer.from_pretrained(MODEL_DIR))
+    assert translated is not None
+    return translated
+
+
+@contextmanager
+def fake_worker(controller: Process, engine: FakeEngine, name: str, chat_format: ChatFormat) -> Iterator[str]:
+    """Serve `engine` under `name` and make the controller know it; dies without a word to the controller."""
+    server = WorkerServer(engine, (name,), chat_format, Slots(8, 8))
+    with serving(server) as url:
+        register(controller.url, url, server)
+        yield url
+
+
+def test_page_needs_no_outside_network_and_lists_the_model(open_page: OpenPage, demo_worker: Process) -> None:
+    chat = open_page()
+    assert "demo" in chat.models()
+    expect(chat.question).to_be_editable()
+
+
+def test_answer_is_right_and_follows_up(open_page: OpenPage, demo_worker: Process) -> None:
+    chat = open_page(model="demo")
+    chat.set_parameter("Temperature", 0)
+    assert chat.ask(QUESTION) == ANSWER
+    assert "module" in chat.ask("And in which module is it?")
+    expect(chat.answers).to_have_count(2)
+
+
+def test_answer_streams_in(open_page: OpenPage, controller: Process, chat_format: ChatFormat) -> None:
+    words = [f"word{i} " for i in range(40)]
+    with fake_worker(controller, FakeEngine(words, interval_s=0.05), "scribe", chat_format):
+        chat = open_page(model="scribe")
+        chat.record_answers()
+        assert chat.ask("Count") == "".join(words).strip()
+    states = [state.removesuffix("▌").strip() for state in chat.recorded_answers()]
+    assert len(states) > 5
+    assert all(later.startswith(earlier) for earlier, later in pairwise(states))
+
+
+def test_worker_gets_the_prompt_of_the_models_own_chat_template(
+    open_page: OpenPage, controller: Process, chat_format: ChatFormat
+) -> None:
+    """FastChat's registry would answer `one_shot`, with a dialogue about somebody else, for this name."""
+    engine = FakeEngine(["Fine."])
+    with fake_worker(controller, engine, "scribe", chat_format):
+        chat = open_page(model="scribe")
+        chat.ask("How are you?")
+        chat.ask("Really?")
+    dialogue = [{"role": "user", "content": "How are you?"}]
+    longer = [*dialogue, {"role": "assistant", "content": "Fine."}, {"role": "user", "content": "Really?"}]
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    assert [request.prompt for request in engine.seen] == [
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        for messages in (dialogue, longer)
+    ]
+
+
+def test_sliders_reach_the_worker(open_page: OpenPage, controller: Process, chat_format: ChatFormat) -> None:
+    engine = FakeEngine(["Fine."])
+    with fake_worker(controller, engine, "scribe", chat_format):
+        chat = open_page(model="scribe")
+        chat.set_parameter("Temperature", 0.2)
+        chat.set_parameter("Top P", 0.5)
+        chat.set_parameter("Max output tokens", 80)
+        chat.ask("How are you?")
+    [request] = engine.seen
+    assert (request.temperature, request.top_p, request.max_new_tokens) == (0.2, 0.5, 80)
+
+
+def test_temperature_zero_twice_gives_the_same_text(open_page: OpenPage, demo_worker: Process) -> None:
+    chat = open_page(model="demo")
+    chat.set_parameter("Temperature", 0)
+    first = chat.ask(OTHER_QUESTION)
+    assert first == OTHER_ANSWER
+    chat.regenerate.click()
+    expect(chat.clear).to_be_disabled()
+    assert chat.wait() == first
+    expect(chat.answers).to_have_count(1)
+
+
+def test_clear_empties_the_chat(open_page: OpenPage, demo_worker: Process) -> None:
+    chat = open_page(model="demo")
+    chat.ask(QUESTION)
+    chat.clear.click()
+    expect(chat.questions).to_have_count(0)
+    expect(chat.answers).to_have_count(0)
+    chat.ask(OTHER_QUESTION)
+    expect(chat.questions).to_have_count(1)
+
+
+def test_two_tabs_chat_at_the_same_time(open_page: OpenPage, controller: Process, chat_format: ChatFormat) -> None:
+    engine = FakeEngine([f"{i} " for i in range(60)], interval_s=0.05)
+    with fake_worker(controller, engine, "scribe", chat_format):
+        tabs = [open_page(model="scribe") for _ in range(2)]
+        for number, tab in enumerate(tabs):
+            tab.send(f"Question {number}")
+        for tab in tabs:
+            expect(tab.answers.last).to_contain_text("5")
+        assert engine.num_running == 2
+        answers = [tab.wait() for tab in tabs]
+    assert answers[0] == answers[1] == " ".join(map(str, range(60)))
+    assert [tab.questions.all_inner_texts() for tab in tabs] == [["Question 0"], ["Question 1"]]
+
+
+def test_worker_that_vanished_is_told(open_page: OpenPage, controller: Process, chat_format: ChatFormat) -> None:
+    with fake_worker(controller, FakeEngine(["Fine."]), "scribe", chat_format):
+        chat = open_page(model="scribe")
+        chat.ask("How are you?")
+    answer = chat.ask("Are you there?")
+    assert "NETWORK ERROR" in answer
+    assert "error_code: 50003" in answer
+
+
+def test_name_that_fastchat_would_send_to_openai(
+    open_page: OpenPage, controller: Process, chat_format: ChatFormat
+) -> None:
+    with fake_worker(controller, FakeEngine(["Fine."]), "my-gpt-4", chat_format):
+        assert open_page(model="my-gpt-4").ask("How are you?") == "Fine."
