@@ -15,7 +15,7 @@ CHUNK_WEIGHTS = 2**18
 
 # Scale search, symmetric: the scale maps a group's largest weight to the lowest code times one of these. Beyond 1
 # the largest weight is clipped, below 1 the lowest codes are given up; 1 itself is ggml's choice. Four candidates
-# keep 1.1 B parameters near ten seconds on two cores; eight lower the squared error by another 0.7 %.
+# keep 1.1 B parameters under twenty seconds on two cores; seven lower the squared error by another 0.7 %.
 SYMMETRIC_STRETCHES = (9.5 / 8, 8.75 / 8, 1.0, 7.25 / 8)
 # Scale search, asymmetric: the codes span this part of a group's range, about its middle.
 ASYMMETRIC_SHRINKS = (1.0, 0.93, 0.86, 0.8)
