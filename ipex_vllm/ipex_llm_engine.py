@@ -26,7 +26,7 @@ from typing import Any
 from ipex_vllm.cpu import Plan
 from ipex_vllm.engine import EngineError
 from ipex_vllm.options import DTYPES, WorkerOptions
-from ipex_vllm.protocol import Delta, GenerateRequest, WorkerError
+from ipex_vllm.protocol import Delta, GenerateRequest, InternalError, InvalidParameter, WorkerError
 from ipex_vllm.vllm_engine import HEALTH_INTERVAL_S, VllmEngine, root_cause
 
 logger = logging.getLogger(__name__)
@@ -111,8 +111,8 @@ class IpexLlmEngine(VllmEngine):
 
     async def _stream_choice(self, request: GenerateRequest, request_id: str) -> AsyncGenerator[Delta, None]:
         token_ids = await self._encoder.encode_for_generation(request.prompt)
-        params = self._sampling_params(request, len(token_ids))
         try:
+            params = self._sampling_params(request, len(token_ids))
             outputs = self._llm.generate({"prompt_token_ids": token_ids}, params, request_id)
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
@@ -134,6 +134,13 @@ class IpexLlmEngine(VllmEngine):
         finally:
             if self._llm.is_running:  # closing the generator is not enough here; on a finished request this is a no-op
                 await self._llm.abort(request_id)
+
+    def _as_worker_error(self, error: Exception) -> WorkerError:
+        if isinstance(error, ValueError):  # vLLM 0.6.6's own check of a request
+            return InvalidParameter(root_cause(error))
+        logger.error("Generation failed: %s", root_cause(error))
+        reason = "The engine has died and the worker is restarting." if self._llm.errored else root_cause(error)
+        return InternalError(f"{reason} Send the request again later.")
 
 
 class _WithoutDevice:
