@@ -39,7 +39,7 @@ $(VENV)/.ready: requirements.lock pyproject.toml $(wildcard setup.py)
 		|| $(BIN)/pip install --quiet --disable-pip-version-check --no-deps "$(TORCH)" 2>/dev/null \
 		|| $(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend cpu --no-deps "$(TORCH)"
 	grep -v '^torch==' requirements.lock > $(VENV)/rest.lock
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r $(VENV)/rest.lock
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps -r $(VENV)/rest.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 

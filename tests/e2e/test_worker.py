@@ -156,3 +156,25 @@ def test_explain_prints_every_decision_and_loads_nothing(model: str) -> None:
 def status(url: str) -> dict[str, object]:
     answer: dict[str, object] = httpx.post(f"{url}/worker_get_status", trust_env=False).json()
     return answer
+
+
+def test_sampling_parameters_reach_the_engine(model: str, tmp_path: Path) -> None:
+    """On random weights all tokens are nearly as likely, so that every one of these changes the text."""
+    with worker(tmp_path, "--model-path", model, "--no-register", "--low-bit", "fp32") as (_, url):
+
+        def text(**params: object) -> str:
+            shared = {"prompt": "def", "echo": False, "max_new_tokens": 40, "ignore_eos": True}
+            answer = generate(url, **shared, **params)
+            assert answer["error_code"] == 0, answer
+            result: str = answer["text"]
+            return result
+
+        greedy = text(temperature=0)
+        assert text(temperature=0) == greedy
+        assert text(temperature=1.5, top_k=1) == greedy
+        assert text(temperature=1.5, top_p=0) == greedy
+        assert text(temperature=1.5, min_p=1.0) == greedy
+        assert text(temperature=1.5, seed=1) == text(temperature=1.5, seed=1) != greedy
+        assert text(temperature=1.5, seed=1) != text(temperature=1.5, seed=2)
+        assert text(temperature=0, repetition_penalty=2.0) != greedy
+        assert text(temperature=0, presence_penalty=2.0, frequency_penalty=2.0) != greedy
