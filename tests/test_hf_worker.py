@@ -24,6 +24,8 @@ import torch
 from ipex_vllm import cpu
 from ipex_vllm.demo import MODEL_DIR
 from ipex_vllm.engine import EngineError
+from ipex_vllm.low_bit.hf import HfLowBitLinear
+from ipex_vllm.low_bit.matmul import LowBitLinear
 from ipex_vllm.options import WorkerOptions
 from ipex_vllm.protocol import GenerateRequest
 from tests.e2e.processes import eventually, program
@@ -438,6 +440,9 @@ def test_the_thread_computes_on_the_plans_cores_only() -> None:
     ("options", "says"),
     [
         ({"model": Path("/nowhere/model")}, "/nowhere/model"),
+        ({"ipex": True}, "--ipex: Intel's extension for PyTorch is not installed here .* run `make env-ipex`"),
+        ({"compile": True}, "--compile: Transformers runs the model eagerly here"),
+        ({"low_bit": "sym_int99"}, "--low-bit: low-bit format 'sym_int99' is unknown; use one of sym_int4"),
         ({"max_model_len": 4096}, "--max-model-len 4096: the model has a context of 2048 tokens"),
     ],
 )
@@ -445,6 +450,17 @@ def test_what_cannot_start_says_why_in_one_line(options: dict[str, Any], says: s
     with pytest.raises(EngineError, match=says) as caught:
         start(**options)
     assert "\n" not in str(caught.value)
+
+
+def test_low_bit_weights_answer_as_the_original_does(url: str) -> None:
+    engine = start(low_bit="sym_int8")
+    linears = [layer for layer in engine._model.modules() if hasattr(layer, "in_features")]
+    assert linears
+    assert all(isinstance(layer, (HfLowBitLinear, LowBitLinear)) for layer in linears)
+    with serving(make_server(engine)) as low_bit_url:
+        for question in QUESTIONS[:3]:
+            assert greedy(low_bit_url, question)["text"] == greedy(url, question)["text"]
+    asyncio.run(engine.stop())
 
 
 def test_the_worker_runs_as_a_process_and_drains(tmp_path: Path) -> None:

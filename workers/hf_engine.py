@@ -29,6 +29,7 @@ from ipex_vllm.protocol import Delta, GenerateRequest, InternalError, InvalidPar
 from ipex_vllm.tokenization import PromptEncoder
 from ipex_vllm.vllm_engine import root_cause
 from workers.hf_generation import Generation
+from workers.hf_ipex import load_with_ipex
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -54,12 +55,16 @@ class HfEngine(Engine):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.set_defaults(compile=False)
         group = parser.add_argument_group("Transformers")
         group.add_argument("--max-model-len", type=int, metavar="TOKENS", help="context length; default: the model's")
         group.add_argument("--trust-remote-code", action="store_true", help="run Python code that the model brings")
+        group.add_argument("--ipex", action="store_true", help="optimize the model with Intel's extension for PyTorch")
 
     @classmethod
     async def start(cls, options: WorkerOptions, args: argparse.Namespace, plan: Plan) -> HfEngine:
+        if options.compile:
+            raise EngineError("--compile: Transformers runs the model eagerly here; leave it out")
         thread = ThreadPoolExecutor(1, "generation", initializer=use_cores, initargs=(plan.rank_cores[0],))
         return await asyncio.get_running_loop().run_in_executor(thread, cls._load, options, args, thread)
 
@@ -168,8 +173,10 @@ def use_cores(cores: Sequence[int]) -> None:
 
 def load_model(options: WorkerOptions, args: argparse.Namespace) -> Any:
     """Load the model in the chosen format, ready to generate on the chosen device. Raises EngineError."""
+    if args.ipex:
+        return load_with_ipex(options.model_path, options.low_bit, args.trust_remote_code)
     format = choose_format(options.low_bit, options.device)
-    dtype = "auto"
+    dtype: str | None = "auto"
     if format is not None:
         # Low-bit kernels take their activations in bfloat16.
         dtype = format.dtype if format.kind == "dtype" else "bfloat16"
