@@ -21,6 +21,7 @@ from typing import Any, Literal, NoReturn
 import yaml
 
 ENVIRONMENT_PREFIX = "IPEX_VLLM_"
+CONFIG_VARIABLE = f"{ENVIRONMENT_PREFIX}CONFIG"
 TRUE_WORDS, FALSE_WORDS = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 # Formats that only choose the dtype. All others quantize the weights; see ipex_vllm.low_bit.
@@ -120,23 +121,29 @@ def layered_arguments(
     told to ignore it, for a key of the file that is no option. Other variables with our prefix may exist.
     """
     arguments = [_with_dashes(argument) for argument in arguments]
-    pre_parser = Parser(add_help=False, allow_abbrev=False)
-    pre_parser.add_argument("--config")
-    config_path = pre_parser.parse_known_args(arguments)[0].config or environ.get(f"{ENVIRONMENT_PREFIX}CONFIG")
+    path = config_path(arguments, environ)
     actions = _actions_by_name(parser)
     layered: dict[str, list[str]] = {}  # by destination: a later layer replaces what an earlier one said
-    if config_path:
-        for key, value in read_config(config_path).items():
+    if path:
+        for key, value in read_config(path).items():
             action = actions.get(key.replace("-", "_"))
             if action is not None:
-                layered[action.dest] = _as_arguments(action, value, f"{config_path}: {key}")
+                layered[action.dest] = _as_arguments(action, value, f"{path}: {key}")
             elif not ignore_unknown:
-                raise OptionError(f"{config_path}: there is no option {key!r} (see --help)")
+                raise OptionError(f"{path}: there is no option {key!r} (see --help)")
     for variable, text in environ.items():
         action = actions.get(variable.removeprefix(ENVIRONMENT_PREFIX).lower())
         if variable.startswith(ENVIRONMENT_PREFIX) and action is not None and text:  # empty is as good as unset
             layered[action.dest] = _as_arguments(action, text, variable)
     return [*itertools.chain.from_iterable(layered.values()), *arguments]
+
+
+def config_path(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> str | None:
+    """The configuration file that `arguments` name or, failing them, the environment."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    path: str | None = parser.parse_known_args(arguments)[0].config or environ.get(CONFIG_VARIABLE)
+    return path
 
 
 def read_config(path: str) -> dict[str, Any]:

@@ -28,7 +28,17 @@ from rich.markup import escape
 from rich.text import Text
 
 from ipex_vllm.lifetime import die_with_parent
-from ipex_vllm.options import OptionError, Parser, add_options, from_namespace, layered_arguments, option, read_config
+from ipex_vllm.options import (
+    CONFIG_VARIABLE,
+    OptionError,
+    Parser,
+    add_options,
+    config_path,
+    from_namespace,
+    layered_arguments,
+    option,
+    read_config,
+)
 
 COLORS = ("cyan", "green", "magenta", "yellow", "blue", "bright_red")
 FASTCHAT_CONTROLLER, FASTCHAT_API = "fastchat.serve.controller", "ipex_vllm.fastchat_api"
@@ -101,6 +111,7 @@ class Supervisor:
         self._is_verbose = is_verbose
         # An empty LOGDIR keeps FastChat from writing log files.
         self._environ = {"LOGDIR": "", **os.environ}
+        self._environ.pop(CONFIG_VARIABLE, None)  # a file for this program, which a worker would refuse
         if not is_verbose:
             self._environ = {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore", **self._environ}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -302,17 +313,18 @@ def read_options(arguments: Sequence[str]) -> tuple[UpOptions, list[dict[str, An
     args = parser.parse_args(layered_arguments(parser, arguments, ignore_unknown=True))
     options: UpOptions = from_namespace(UpOptions, args)
     workers: Any = None
-    if args.config:
-        content = read_config(args.config)
+    path = config_path(arguments)
+    if path:
+        content = read_config(path)
         workers = content.pop("workers", None)
         names = set(vars(options))
         if unknown := [name for name in content if name.replace("-", "_") not in names]:
-            raise OptionError(f"{args.config}: there is no option {unknown[0]!r} (see --help)")
+            raise OptionError(f"{path}: there is no option {unknown[0]!r} (see --help)")
     if workers is None:
         flags = {"model-path": options.model_path, "device": options.device, "low-bit": options.low_bit}
         workers = [flags] * options.replicas
     if not isinstance(workers, list) or not workers or not all(isinstance(worker, dict) for worker in workers):
-        raise OptionError(f"{args.config}: workers must be a list of `flag: value` mappings, one for each worker")
+        raise OptionError(f"{path}: workers must be a list of `flag: value` mappings, one for each worker")
     if options.web is None:
         from ipex_vllm.webui import find_environment
 

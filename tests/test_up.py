@@ -129,6 +129,21 @@ def test_a_file_describes_several_workers(tmp_path: Path) -> None:
     assert '"model": "a"' in welcome(options, workers).replace("\\[", "[")
 
 
+async def test_the_file_can_be_named_by_the_environment_and_the_workers_do_not_read_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "service.yaml"
+    file.write_text("workers: [{model-path: /models/a}, {model-path: /models/b}]\n")
+    monkeypatch.setenv("IPEX_VLLM_CONFIG", str(file))
+    _, workers = read_options(["--no-web"])
+    assert workers == [{"model-path": "/models/a"}, {"model-path": "/models/b"}]
+    service = script("worker", "import os; print('file:', os.environ.get('IPEX_VLLM_CONFIG'))", never)
+    supervisor = Supervisor([service], console(), is_verbose=False)
+    with pytest.raises(ServiceFailed, match="file: None"):
+        await supervisor.start()
+    await supervisor.stop()
+
+
 def test_replicas_take_consecutive_ports_and_one_piece_can_run_alone() -> None:
     options, workers = read_options(["--replicas", "3", "--only", "worker", "--controller-address", "http://far:1"])
     services = make_services(options, workers)
