@@ -18,6 +18,13 @@ class EngineError(Exception):
     """The engine cannot start; the message is the one line that the user sees."""
 
 
+def root_cause(error: BaseException) -> str:
+    """The innermost message of an exception chain, on one line."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class Engine(abc.ABC):
     """A loaded model. Only engine modules see a model library; only `WorkerError`s leave them once started."""
 

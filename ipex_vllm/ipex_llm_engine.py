@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from ipex_vllm.cpu import Plan
-from ipex_vllm.engine import EngineError
+from ipex_vllm.engine import EngineError, root_cause
 from ipex_vllm.options import DTYPES, WorkerOptions
-from ipex_vllm.protocol import Delta, GenerateRequest, InternalError, InvalidParameter, WorkerError
-from ipex_vllm.vllm_engine import HEALTH_INTERVAL_S, VllmEngine, root_cause
+from ipex_vllm.protocol import Delta, GenerateRequest
+from ipex_vllm.vllm_engine import HEALTH_INTERVAL_S, VllmEngine
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class IpexLlmEngine(VllmEngine):
         # One choice after the other: with several, vLLM 0.6.6 streams until the first one ends and drops the others'.
         for index in range(request.n):
             seed = None if request.seed is None else request.seed + index
-            choice = self._stream_choice(replace(request, n=1, seed=seed), f"{request_id}-{index}")
+            choice = super().stream(replace(request, n=1, seed=seed), f"{request_id}-{index}")
             async with contextlib.aclosing(choice) as deltas:
                 async for delta in deltas:
                     yield replace(delta, index=index)
@@ -109,38 +109,18 @@ class IpexLlmEngine(VllmEngine):
         await asyncio.to_thread(self._llm.engine.model_executor.shutdown)
         self._model_copy.cleanup()
 
-    async def _stream_choice(self, request: GenerateRequest, request_id: str) -> AsyncGenerator[Delta, None]:
-        token_ids = await self._encoder.encode_for_generation(request.prompt)
+    async def _generate(self, token_ids: list[int], params: Any, request_id: str) -> AsyncGenerator[Any, None]:
+        outputs = self._llm.generate({"prompt_token_ids": token_ids}, params, request_id)
         try:
-            params = self._sampling_params(request, len(token_ids))
-            outputs = self._llm.generate({"prompt_token_ids": token_ids}, params, request_id)
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
-                    (completion,) = output.outputs
-                    yield Delta(
-                        text=completion.text,
-                        num_tokens=len(completion.token_ids),
-                        prompt_tokens=len(token_ids),
-                        finish_reason=self._finish_reason(completion.finish_reason),
-                        logprobs=(
-                            *self._logprobs(token_ids, output.prompt_logprobs),
-                            *self._logprobs(completion.token_ids, completion.logprobs),
-                        ),
-                    )
-        except WorkerError:
-            raise
-        except Exception as error:
-            raise self._as_worker_error(error) from error
+                    yield output
         finally:
             if self._llm.is_running:  # closing the generator is not enough here; on a finished request this is a no-op
                 await self._llm.abort(request_id)
 
-    def _as_worker_error(self, error: Exception) -> WorkerError:
-        if isinstance(error, ValueError):  # vLLM 0.6.6's own check of a request
-            return InvalidParameter(root_cause(error))
-        logger.error("Generation failed: %s", root_cause(error))
-        reason = "The engine has died and the worker is restarting." if self._llm.errored else root_cause(error)
-        return InternalError(f"{reason} Send the request again later.")
+    def _is_clients(self, error: Exception) -> bool:
+        return isinstance(error, ValueError)
 
 
 class _WithoutDevice:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ipex_vllm import xpu
 from ipex_vllm.cpu import Plan
-from ipex_vllm.engine import Engine, EngineError
+from ipex_vllm.engine import Engine, EngineError, root_cause
 from ipex_vllm.low_bit import vllm_arguments
 from ipex_vllm.options import WorkerOptions
 from ipex_vllm.protocol import (
@@ -89,15 +89,11 @@ class VllmEngine(Engine):
         return len(await self._encoder.encode(prompt))
 
     async def stream(self, request: GenerateRequest, request_id: str) -> AsyncGenerator[Delta, None]:
-        from vllm.inputs.engine import tokens_input
-
         token_ids = await self._encoder.encode_for_generation(request.prompt)
         started: set[int] = set()
         try:
             params = self._sampling_params(request, len(token_ids))
-            # Closing vLLM's generator is what aborts the request.
-            outputs = self._llm.generate(tokens_input(token_ids), params, request_id)
-            async with contextlib.aclosing(outputs):
+            async with contextlib.aclosing(self._generate(token_ids, params, request_id)) as outputs:
                 async for output in outputs:
                     for completion in output.outputs:
                         shows_prompt = request.echo and completion.index not in started
@@ -128,6 +124,13 @@ class VllmEngine(Engine):
             self._llm.output_handler.cancel()
         # It joins the engine's processes, which takes a moment.
         await asyncio.to_thread(self._llm.shutdown)
+
+    def _generate(self, token_ids: list[int], params: Any, request_id: str) -> AsyncGenerator[Any, None]:
+        """vLLM's own outputs; closing the generator aborts the request."""
+        from vllm.inputs.engine import tokens_input
+
+        outputs: AsyncGenerator[Any, None] = self._llm.generate(tokens_input(token_ids), params, request_id)
+        return outputs
 
     def _sampling_params(self, request: GenerateRequest, prompt_tokens: int) -> Any:
         from vllm import SamplingParams
@@ -176,10 +179,14 @@ class VllmEngine(Engine):
             entries.append(TokenLogprob(chosen.decoded_token or "", chosen.logprob, top))
         return entries
 
-    def _as_worker_error(self, error: Exception) -> WorkerError:
+    def _is_clients(self, error: Exception) -> bool:
+        """Whether it is vLLM's own check of a request that failed."""
         from vllm.exceptions import VLLMClientError
 
-        if isinstance(error, (ValueError, VLLMClientError)):  # vLLM's own check of a request
+        return isinstance(error, (ValueError, VLLMClientError))
+
+    def _as_worker_error(self, error: Exception) -> WorkerError:
+        if self._is_clients(error):
             return InvalidParameter(root_cause(error))
         logger.error("Generation failed: %s", root_cause(error))
         reason = "The engine has died and the worker is restarting." if self._llm.errored else root_cause(error)
@@ -209,10 +216,3 @@ def apply_plan(args: argparse.Namespace, plan: Plan) -> None:
     if args.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         args.kv_cache_memory_bytes = plan.kv_cache_bytes
     args.enforce_eager = args.enforce_eager or not plan.use_compile
-
-
-def root_cause(error: BaseException) -> str:
-    """The innermost message of an exception chain, on one line."""
-    while (cause := error.__cause__ or error.__context__) is not None:
-        error = cause
-    return " ".join(str(error).split()) or type(error).__name__

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -21,13 +22,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ipex_vllm.cpu import Plan
-from ipex_vllm.engine import Engine, EngineError
+from ipex_vllm.engine import Engine, EngineError, root_cause
 from ipex_vllm.low_bit.formats import Format, resolve
 from ipex_vllm.low_bit.hf import quantize_model
 from ipex_vllm.options import WorkerOptions
 from ipex_vllm.protocol import Delta, GenerateRequest, InternalError, InvalidParameter
 from ipex_vllm.tokenization import PromptEncoder
-from ipex_vllm.vllm_engine import root_cause
 from workers.hf_generation import Generation
 from workers.hf_ipex import load_with_ipex
 
@@ -102,6 +102,7 @@ class HfEngine(Engine):
             generation = Generation(
                 self._model,
                 self._decode,
+                functools.partial(self._decode, skip_special_tokens=False),
                 request,
                 prompt,
                 max_new_tokens=min(request.max_new_tokens, self._context_length - len(prompt)),
@@ -138,8 +139,10 @@ class HfEngine(Engine):
             raise InvalidParameter("The text has no tokens. Send some.")
         return token_ids
 
-    def _decode(self, token_ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def _decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        text: str = self._tokenizer.decode(
+            token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
         return text
 
     def _stop_token_ids(self, request: GenerateRequest) -> frozenset[int]:

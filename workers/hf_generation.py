@@ -33,6 +33,7 @@ class Generation(StoppingCriteria):  # type: ignore[misc]
     Args:
         model: a causal language model of Transformers.
         decode: token ids to text, special tokens left out.
+        decode_all: the same with special tokens, which log probabilities are about as well.
         request: the sampling parameters.
         prompt: the prompt's token ids, at least one.
         max_new_tokens: the most that a choice may have, from the request and the context.
@@ -45,6 +46,7 @@ class Generation(StoppingCriteria):  # type: ignore[misc]
         self,
         model: Any,
         decode: Decode,
+        decode_all: Decode,
         request: GenerateRequest,
         prompt: list[int],
         max_new_tokens: int,
@@ -53,7 +55,7 @@ class Generation(StoppingCriteria):  # type: ignore[misc]
         aborted: threading.Event,
     ) -> None:
         self._model = model
-        self._decode = decode
+        self._decode_all = decode_all
         self._request = request
         self._prompt = prompt
         self._max_new_tokens = max_new_tokens
@@ -115,7 +117,9 @@ class Generation(StoppingCriteria):  # type: ignore[misc]
         wants_logprobs = self._request.echo and self._request.logprobs is not None
         num_left = 1 if wants_logprobs or self._request.n > 1 else PREFILL_CHUNK_TOKENS
         cache = DynamicCache(config=self._model.config)
-        entries = [TokenLogprob(token_text(self._decode, (), self._prompt[0]), None, None)] if wants_logprobs else []
+        entries = (
+            [TokenLogprob(token_text(self._decode_all, (), self._prompt[0]), None, None)] if wants_logprobs else []
+        )
         for chunk in prompt[:, :-num_left].split(PREFILL_CHUNK_TOKENS, dim=1) if prompt.shape[1] > num_left else ():
             if self._aborted.is_set():
                 break
@@ -140,8 +144,8 @@ class Generation(StoppingCriteria):  # type: ignore[misc]
         values, token_ids = logprobs.topk(self._request.logprobs or 0)
         candidates = dict(zip(token_ids.tolist(), values.tolist(), strict=True))
         candidates.setdefault(token_id, logprobs[token_id].item())
-        top = {token_text(self._decode, before, candidate): value for candidate, value in candidates.items()}
-        return TokenLogprob(token_text(self._decode, before, token_id), candidates[token_id], top)
+        top = {token_text(self._decode_all, before, candidate): value for candidate, value in candidates.items()}
+        return TokenLogprob(token_text(self._decode_all, before, token_id), candidates[token_id], top)
 
 
 class Choice:
