@@ -7,6 +7,4 @@ from benchmarks.systems.base import Launch, fastchat_worker, python_of
 
 def launch(model: Path, port: int, flags: list[str]) -> Launch:
     python = python_of(".venv-ipex-llm", "env-ipex-llm")
-    # ipex-llm finds vLLM's version by running the `pip` that is first in PATH.
-    env = {"PATH": f"{Path(python).parent}:/usr/local/bin:/usr/bin:/bin"}
-    return fastchat_worker([python, "-m", "ipex_vllm.worker", "--engine", "ipex-llm", *flags], model, port, env)
+    return fastchat_worker([python, "-m", "ipex_vllm.worker", "--engine", "ipex-llm", *flags], model, port)
