@@ -2,96 +2,141 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import httpx
-import pytest
+import psutil
 
 from ipex_vllm.server import WorkerServer
 from tests.support import free_port, serving
 
-START_TIMEOUT_S = 180
-STOP_TIMEOUT_S = 60
+ROOT = Path(__file__).parents[1]
+START_TIMEOUT_S = 300
 
 
-class Process:
-    """A program that answers at `url` when `probe`, a method and a path, succeeds; its log is beside `directory`."""
+class Program:
+    """A command that runs in a folder of its own, with its output beside that; nothing of it outlives the context."""
 
-    def __init__(self, directory: Path, url: str, probe: str, *command: str) -> None:
-        self.directory, self.url = directory, url
-        self._probe, self._command = probe, command
-        self.directory.mkdir()
+    def __init__(self, folder: Path, *command: str, ready_at: str | None = None, **environ: str) -> None:
+        self.folder, self._log = folder, folder.with_suffix(".log")
+        self._command, self._ready_at = command, ready_at
+        self._environ = {**os.environ, "LOGDIR": "", **environ}  # "" keeps FastChat from writing log files
+        self.folder.mkdir(parents=True)
         self.start()
 
     def start(self) -> None:
-        with self._log_path.open("ab") as log:
-            environment = {key: value for key, value in os.environ.items() if key != "LOGDIR"}
-            self._process = subprocess.Popen(
+        """Start it, again if it has ended; with `ready_at`, wait until a GET of that URL succeeds."""
+        with self._log.open("ab") as output:
+            self.process = subprocess.Popen(
                 self._command,
-                cwd=self.directory,
-                env=environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=self._environ,
             )
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not self._answers():
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"{' '.join(self._command)} did not start:\n{self.log()[-3000:]}")
-            time.sleep(0.2)
+        if self._ready_at is not None:
+            try:
+                self.wait_until(lambda: self._answers(), f"answer at {self._ready_at}")
+            except BaseException:
+                self.kill()
+                raise
 
-    def stop(self) -> None:
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-        try:
-            self._process.wait(STOP_TIMEOUT_S)
-        finally:
-            if self._process.poll() is None:
-                os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait()
+    def __enter__(self) -> Self:
+        return self
 
-    def log(self) -> str:
-        return self._log_path.read_text(encoding="utf-8", errors="replace")
+    def __exit__(self, *_: object) -> None:
+        self.kill()
 
     @property
-    def _log_path(self) -> Path:
-        return self.directory.with_suffix(".log")
+    def output(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def tree(self) -> list[psutil.Process]:
+        """The program's process and all below it."""
+        root = psutil.Process(self.process.pid)
+        return [root, *root.children(recursive=True)]
+
+    def wait_for_output(self, text: str) -> None:
+        self.wait_until(lambda: text in self.output, f"output {text!r}")
+
+    def wait_until(self, condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not condition():
+            assert self.process.poll() is None, f"ended with status {self.process.returncode}:\n{self.output}"
+            assert time.monotonic() < deadline, f"no {what} after {START_TIMEOUT_S} s:\n{self.output}"
+            time.sleep(0.2)
+
+    def stop(self, signal_number: int = signal.SIGTERM) -> int:
+        """Send the signal and return the exit status; nothing of the tree may be left."""
+        tree = self.tree()
+        self.process.send_signal(signal_number)
+        status = self.process.wait(60)
+        _, alive = psutil.wait_procs(tree, timeout=10)
+        assert not alive, f"left behind: {alive}\n{self.output}"
+        return status
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            for process in self.tree():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            self.process.wait(60)
 
     def _answers(self) -> bool:
-        method, path = self._probe.split()
         try:
-            return httpx.request(method, self.url + path, trust_env=False, timeout=5).is_success
+            return httpx.get(str(self._ready_at), trust_env=False, timeout=5).is_success
         except httpx.HTTPError:
             return False
 
 
-@contextmanager
-def running(process: Process) -> Iterator[Process]:
-    try:
-        yield process
-    finally:
-        process.stop()
+class Server(Program):
+    """`python -m module...` on a free port of this machine, ready when a GET of `ready_path` succeeds."""
+
+    def __init__(self, folder: Path, ready_path: str, *module: str, **environ: str) -> None:
+        port = str(free_port())
+        self.url = f"http://127.0.0.1:{port}"
+        command = (sys.executable, "-m", *module, "--host", "127.0.0.1", "--port", port)
+        super().__init__(folder, *command, ready_at=self.url + ready_path, **environ)
 
 
-def python_service(directory: Path, probe: str, *module: str) -> Process:
-    """`python -m module...` on a free port of this machine."""
-    port = str(free_port())
-    command = (sys.executable, "-m", *module, "--host", "127.0.0.1", "--port", port)
-    return Process(directory, f"http://127.0.0.1:{port}", probe, *command)
+def worker(folder: Path, *arguments: str, **environ: str) -> Server:
+    """A ready worker; it takes little memory, so that several fit on a small machine."""
+    small = ("--kv-cache-gib", "0.25", "--no-compile")
+    return Server(folder, "/ready", "ipex_vllm.worker", *small, *arguments, **environ)
 
 
-def register(controller: str, worker: str, server: WorkerServer) -> None:
+def fastchat_controller(folder: Path, **environ: str) -> Server:
+    return Server(folder, "/test_connection", "fastchat.serve.controller", **environ)
+
+
+def fastchat_api(folder: Path, controller_url: str) -> Server:
+    return Server(folder, "/v1/models", "ipex_vllm.fastchat_api", "--controller-address", controller_url)
+
+
+def register(controller_url: str, worker_url: str, server: WorkerServer) -> None:
     """Make the controller know a worker that sends no heartbeats."""
-    body = {"worker_name": worker, "check_heart_beat": False, "worker_status": server.status(), "multimodal": False}
-    httpx.post(f"{controller}/register_worker", json=body, trust_env=False).raise_for_status()
+    body = {"worker_name": worker_url, "check_heart_beat": False, "worker_status": server.status(), "multimodal": False}
+    httpx.post(f"{controller_url}/register_worker", json=body, trust_env=False).raise_for_status()
+
+
+def listed_models(controller_url: str) -> list[str]:
+    """What the controller lists; nothing while it does not answer."""
+    try:
+        answer = httpx.post(f"{controller_url}/list_models", trust_env=False).json()
+    except httpx.HTTPError:
+        return []
+    models: list[str] = answer["models"]
+    return models
 
 
 @dataclass(frozen=True)
@@ -103,15 +148,42 @@ class Stack:
     openai_server: str
 
 
-@contextmanager
-def fastchat_stack(directory: Path, server: WorkerServer) -> Iterator[Stack]:
-    controller_module, api_module = "fastchat.serve.controller", "ipex_vllm.fastchat_api"
+@contextlib.contextmanager
+def fastchat_stack(folder: Path, server: WorkerServer) -> Iterator[Stack]:
     with (
-        serving(server) as worker,
-        running(python_service(directory / "controller", "POST /list_models", controller_module)) as controller,
-        running(
-            python_service(directory / "api", "GET /v1/models", api_module, "--controller-address", controller.url)
-        ) as api,
+        serving(server) as worker_url,
+        fastchat_controller(folder / "controller") as controller,
+        fastchat_api(folder / "api", controller.url) as api,
     ):
-        register(controller.url, worker, server)
-        yield Stack(worker, controller.url, api.url)
+        register(controller.url, worker_url, server)
+        yield Stack(worker_url, controller.url, api.url)
+
+
+class Service(Program):
+    """Everything that `make serve` starts, but the web UI."""
+
+    def __init__(self, folder: Path, *arguments: str, **environ: str) -> None:
+        ports = {role: str(free_port()) for role in ("controller", "worker", "api")}
+        self.controller_url, self.worker_url, self.api_url = (f"http://127.0.0.1:{port}" for port in ports.values())
+        flags = [word for role, port in ports.items() for word in (f"--{role}-port", port)]
+        super().__init__(folder, sys.executable, "-m", "ipex_vllm.up", *flags, "--no-web", *arguments, **environ)
+        try:
+            self.wait_for_output("Ready.")
+        except BaseException:
+            self.kill()
+            raise
+
+    def models(self) -> list[str]:
+        return listed_models(self.controller_url)
+
+    def process_of(self, module: str) -> psutil.Process:
+        """The service's child that runs `python -m module`."""
+        (found,) = [process for process in self.tree() if module in process.cmdline()]
+        return found
+
+
+def eventually(condition: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"still not: {what}"
+        time.sleep(0.1)

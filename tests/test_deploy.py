@@ -20,7 +20,7 @@ from ipex_vllm.conversation import ChatFormat
 from ipex_vllm.options import WorkerOptions, from_namespace, layered_arguments
 from ipex_vllm.server import Slots, WorkerServer
 from ipex_vllm.worker import make_parser
-from tests.processes import Process, fastchat_stack, running
+from tests.processes import Program, fastchat_stack
 from tests.support import FakeEngine, free_port
 from tests.test_chat import CHATML
 
@@ -135,8 +135,8 @@ def nginx(engine: FakeEngine, tmp_path_factory: pytest.TempPathFactory) -> Itera
         (directory / "nginx.conf").write_text(main)
         command = (tool("nginx"), "-e", f"{directory}/error.log", "-c", f"{directory}/nginx.conf")
         check(*command, "-t")
-        with running(Process(directory / "nginx-process", f"http://{url}", "GET /v1/models", *command)) as process:
-            yield process.url
+        with Program(directory / "nginx", *command, ready_at=f"http://{url}/v1/models"):
+            yield f"http://{url}"
 
 
 def chat_through(url: str) -> contextlib.AbstractContextManager[httpx.Response]:

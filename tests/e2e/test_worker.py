@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from benchmarks.make_model import make_model
-from tests.e2e.processes import ROOT, eventually, program, worker
+from tests.processes import ROOT, eventually, fastchat_controller, listed_models, worker
 from tests.support import FakeEngine, free_port, generate, make_server, serving, stream
 
 
@@ -24,17 +24,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def controller(tmp_path: Path) -> Iterator[str]:
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    arguments = ["--host", "127.0.0.1", "--port", str(port)]
-    with program("fastchat.serve.controller", arguments, tmp_path / "controller.log", LOGDIR="") as running:
-        running.wait_for(f"{url}/test_connection")
-        yield url
-
-
-def models(controller: str) -> list[str]:
-    names: list[str] = httpx.post(f"{controller}/list_models", trust_env=False).json()["models"]
-    return names
+    with fastchat_controller(tmp_path / "controller") as running:
+        yield running.url
 
 
 def fails(*arguments: str, status: int, **environ: str) -> str:
@@ -55,13 +46,14 @@ def fails(*arguments: str, status: int, **environ: str) -> str:
 
 def test_sigterm_under_load_loses_nothing(model: str, controller: str, tmp_path: Path) -> None:
     register = ["--model-path", model, "--controller-address", controller]
-    with worker(tmp_path, *register) as (process, url), ThreadPoolExecutor(9) as pool:
-        assert models(controller) == ["tiny"]
+    with worker(tmp_path / "worker", *register) as running, ThreadPoolExecutor(9) as pool:
+        url = running.url
+        assert listed_models(controller) == ["tiny"]
         params = {"prompt": "def", "max_new_tokens": 400, "ignore_eos": True}
         answers = [pool.submit(stream, url, **params) for _ in range(8)]
         eventually(lambda: status(url)["queue_length"] == 8, "all running")
-        stopping = pool.submit(process.stop)
-        eventually(lambda: models(controller) == [], "the controller knows at once")
+        stopping = pool.submit(running.stop)
+        eventually(lambda: listed_models(controller) == [], "the controller knows at once")
         assert generate(url, prompt="late")["error_code"] == 42903
         for answer in answers:
             last = answer.result()[-1]
@@ -71,27 +63,28 @@ def test_sigterm_under_load_loses_nothing(model: str, controller: str, tmp_path:
 
 def test_a_dead_engine_ends_the_worker_and_its_requests(model: str, controller: str, tmp_path: Path) -> None:
     register = ["--model-path", model, "--controller-address", controller]
-    with worker(tmp_path, *register) as (process, url), ThreadPoolExecutor(4) as pool:
+    with worker(tmp_path / "worker", *register) as running, ThreadPoolExecutor(4) as pool:
+        url = running.url
         params = {"prompt": "def", "max_new_tokens": 2000, "ignore_eos": True}
         answers = [pool.submit(stream, url, **params) for _ in range(4)]
         eventually(lambda: status(url)["queue_length"] == 4, "all running")
-        tree = process.tree()
+        tree = running.tree()
         engines = [child for child in tree if "EngineCore" in child.name() or "EngineCor" in " ".join(child.cmdline())]
         assert engines
         engines[0].send_signal(signal.SIGKILL)
         for answer in answers:
             assert answer.result()[-1]["error_code"] == 50001
-        assert process.process.wait(60) == 1
-        assert models(controller) == []
+        assert running.process.wait(60) == 1
+        assert listed_models(controller) == []
         assert not psutil.wait_procs(tree, timeout=10)[1]
 
 
 def test_a_killed_worker_leaves_no_process(model: str, tmp_path: Path) -> None:
-    with worker(tmp_path, "--model-path", model, "--no-register") as (process, _):
-        tree = process.tree()
+    with worker(tmp_path / "worker", "--model-path", model, "--no-register") as running:
+        tree = running.tree()
         assert len(tree) >= 3, "server, engine and one compute process"
-        process.process.kill()
-        process.process.wait()
+        running.process.kill()
+        running.process.wait()
         assert not psutil.wait_procs(tree, timeout=20)[1]
 
 
@@ -101,15 +94,15 @@ def test_two_workers_fit_on_one_machine_with_options_from_everywhere(model: str,
     arguments = ["--model-path", model, "--config", str(config), "--no-register"]
     environ = {"IPEX_VLLM_MAX_MODEL_LEN": "256"}
     with (
-        worker(tmp_path, *arguments, name="first", **environ) as (first, first_url),
-        worker(tmp_path, *arguments, "--model-names", "from-flag", name="second", **environ) as (second, second_url),
+        worker(tmp_path / "first", *arguments, **environ) as first,
+        worker(tmp_path / "second", *arguments, "--model-names", "from-flag", **environ) as second,
     ):
-        assert status(first_url)["model_names"] == ["from-file"]
-        assert status(second_url)["model_names"] == ["from-flag"]
-        for url in (first_url, second_url):
+        assert status(first.url)["model_names"] == ["from-file"]
+        assert status(second.url)["model_names"] == ["from-flag"]
+        for url in (first.url, second.url):
             assert httpx.post(f"{url}/model_details", trust_env=False).json() == {"context_length": 256}
             assert generate(url, prompt="def", max_new_tokens=4, ignore_eos=True)["usage"]["completion_tokens"] == 4
-        assert "ipex_vllm_slots 7.0" in httpx.get(f"{first_url}/metrics", trust_env=False).text
+        assert "ipex_vllm_slots 7.0" in httpx.get(f"{first.url}/metrics", trust_env=False).text
         assert first.stop(signal.SIGINT) == 0
         assert second.stop() == 0
 
@@ -160,11 +153,11 @@ def status(url: str) -> dict[str, object]:
 
 def test_sampling_parameters_reach_the_engine(model: str, tmp_path: Path) -> None:
     """On random weights all tokens are nearly as likely, so that every one of these changes the text."""
-    with worker(tmp_path, "--model-path", model, "--no-register", "--low-bit", "fp32") as (_, url):
+    with worker(tmp_path / "worker", "--model-path", model, "--no-register", "--low-bit", "fp32") as running:
 
         def text(**params: object) -> str:
             shared = {"prompt": "def", "echo": False, "max_new_tokens": 40, "ignore_eos": True}
-            answer = generate(url, **shared, **params)
+            answer = generate(running.url, **shared, **params)
             assert answer["error_code"] == 0, answer
             result: str = answer["text"]
             return result

@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Browser, expect, sync_playwright
 
 from ipex_vllm.webui import find_environment
-from tests.processes import Process, python_service, running
+from tests.processes import Server, fastchat_controller, worker
 from tests.webui.page import ChatPage
 
 expect.set_options(timeout=60_000)  # milliseconds
@@ -27,27 +27,25 @@ def service_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def controller(service_directory: Path) -> Iterator[Process]:
-    module = "fastchat.serve.controller"
-    with running(python_service(service_directory / "controller", "POST /list_models", module)) as process:
-        yield process
+def controller(service_directory: Path) -> Iterator[Server]:
+    with fastchat_controller(service_directory / "controller") as running:
+        yield running
 
 
 @pytest.fixture(scope="session")
-def demo_worker(service_directory: Path, controller: Process) -> Iterator[Process]:
-    model = ("--model-path", "demo", "--model-names", "demo", "--kv-cache-gib", "0.5")
-    module = ("ipex_vllm.worker", *model, "--controller-address", controller.url)
-    with running(python_service(service_directory / "worker", "GET /ready", *module)) as process:
-        yield process
+def demo_worker(service_directory: Path, controller: Server) -> Iterator[Server]:
+    with worker(service_directory / "worker", "--controller-address", controller.url) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")
-def webui(service_directory: Path, controller: Process) -> Iterator[Process]:
+def webui(service_directory: Path, controller: Server) -> Iterator[Server]:
     if find_environment() is None:
         pytest.fail("the web UI's environment is missing: run `make env-webui`")
-    module = ("ipex_vllm.webui", "--controller-url", controller.url)
-    with running(python_service(service_directory / "webui", "GET /", *module)) as process:
-        yield process
+    command = ("ipex_vllm.webui", "--controller-url", controller.url)
+    with Server(service_directory / "webui", "/", *command) as running:
+        yield running
+        assert running.stop() == 0
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +60,7 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def open_page(browser: Browser, webui: Process) -> Iterator[OpenPage]:
+def open_page(browser: Browser, webui: Server) -> Iterator[OpenPage]:
     """Opens the page in a browser session of its own: `open_page(model="demo")`."""
     opened = OpenPage(browser, webui.url)
     yield opened

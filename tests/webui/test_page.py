@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect
@@ -13,7 +15,7 @@ from transformers import AutoTokenizer
 from ipex_vllm.conversation import ChatFormat, translate
 from ipex_vllm.demo import MODEL_DIR
 from ipex_vllm.server import Slots, WorkerServer
-from tests.processes import Process, register
+from tests.processes import Server, register
 from tests.support import FakeEngine, serving
 from tests.webui.conftest import OpenPage
 
@@ -31,7 +33,7 @@ def chat_format() -> ChatFormat:
 
 
 @contextmanager
-def fake_worker(controller: Process, engine: FakeEngine, name: str, chat_format: ChatFormat) -> Iterator[str]:
+def fake_worker(controller: Server, engine: FakeEngine, name: str, chat_format: ChatFormat) -> Iterator[str]:
     """Serve `engine` under `name` and make the controller know it; dies without a word to the controller."""
     server = WorkerServer(engine, (name,), chat_format, Slots(8, 8))
     with serving(server) as url:
@@ -39,13 +41,13 @@ def fake_worker(controller: Process, engine: FakeEngine, name: str, chat_format:
         yield url
 
 
-def test_page_needs_no_outside_network_and_lists_the_model(open_page: OpenPage, demo_worker: Process) -> None:
+def test_page_needs_no_outside_network_and_lists_the_model(open_page: OpenPage, demo_worker: Server) -> None:
     chat = open_page()
     assert "demo" in chat.models()
     expect(chat.question).to_be_editable()
 
 
-def test_answer_is_right_and_follows_up(open_page: OpenPage, demo_worker: Process) -> None:
+def test_answer_is_right_and_follows_up(open_page: OpenPage, demo_worker: Server) -> None:
     chat = open_page(model="demo")
     chat.set_parameter("Temperature", 0)
     assert chat.ask(QUESTION) == ANSWER
@@ -53,7 +55,7 @@ def test_answer_is_right_and_follows_up(open_page: OpenPage, demo_worker: Proces
     expect(chat.answers).to_have_count(2)
 
 
-def test_answer_streams_in(open_page: OpenPage, controller: Process, chat_format: ChatFormat) -> None:
+def test_answer_streams_in(open_page: OpenPage, controller: Server, chat_format: ChatFormat) -> None:
     words = [f"word{i} " for i in range(40)]
     with fake_worker(controller, FakeEngine(words, interval_s=0.05), "scribe", chat_format):
         chat = open_page(model="scribe")
@@ -65,7 +67,7 @@ def test_answer_streams_in(open_page: OpenPage, controller: Process, chat_format
 
 
 def test_worker_gets_the_prompt_of_the_models_own_chat_template(
-    open_page: OpenPage, controller: Process, chat_format: ChatFormat
+    open_page: OpenPage, controller: Server, chat_format: ChatFormat
 ) -> None:
     """FastChat's registry would answer `one_shot`, with a dialogue about somebody else, for this name."""
     engine = FakeEngine(["Fine."])
@@ -82,7 +84,7 @@ def test_worker_gets_the_prompt_of_the_models_own_chat_template(
     ]
 
 
-def test_sliders_reach_the_worker(open_page: OpenPage, controller: Process, chat_format: ChatFormat) -> None:
+def test_sliders_reach_the_worker(open_page: OpenPage, controller: Server, chat_format: ChatFormat) -> None:
     engine = FakeEngine(["Fine."])
     with fake_worker(controller, engine, "scribe", chat_format):
         chat = open_page(model="scribe")
@@ -94,7 +96,7 @@ def test_sliders_reach_the_worker(open_page: OpenPage, controller: Process, chat
     assert (request.temperature, request.top_p, request.max_new_tokens) == (0.2, 0.5, 80)
 
 
-def test_temperature_zero_twice_gives_the_same_text(open_page: OpenPage, demo_worker: Process) -> None:
+def test_temperature_zero_twice_gives_the_same_text(open_page: OpenPage, demo_worker: Server) -> None:
     chat = open_page(model="demo")
     chat.set_parameter("Temperature", 0)
     first = chat.ask(OTHER_QUESTION)
@@ -105,7 +107,7 @@ def test_temperature_zero_twice_gives_the_same_text(open_page: OpenPage, demo_wo
     expect(chat.answers).to_have_count(1)
 
 
-def test_clear_empties_the_chat(open_page: OpenPage, demo_worker: Process) -> None:
+def test_clear_empties_the_chat(open_page: OpenPage, demo_worker: Server) -> None:
     chat = open_page(model="demo")
     chat.ask(QUESTION)
     chat.clear.click()
@@ -115,7 +117,7 @@ def test_clear_empties_the_chat(open_page: OpenPage, demo_worker: Process) -> No
     expect(chat.questions).to_have_count(1)
 
 
-def test_two_tabs_chat_at_the_same_time(open_page: OpenPage, controller: Process, chat_format: ChatFormat) -> None:
+def test_two_tabs_chat_at_the_same_time(open_page: OpenPage, controller: Server, chat_format: ChatFormat) -> None:
     engine = FakeEngine([f"{i} " for i in range(60)], interval_s=0.05)
     with fake_worker(controller, engine, "scribe", chat_format):
         tabs = [open_page(model="scribe") for _ in range(2)]
@@ -129,7 +131,26 @@ def test_two_tabs_chat_at_the_same_time(open_page: OpenPage, controller: Process
     assert [tab.questions.all_inner_texts() for tab in tabs] == [["Question 0"], ["Question 1"]]
 
 
-def test_worker_that_vanished_is_told(open_page: OpenPage, controller: Process, chat_format: ChatFormat) -> None:
+def test_stopped_worker_is_told_and_the_page_works_when_it_is_back(open_page: OpenPage, demo_worker: Server) -> None:
+    chatting, fresh = open_page(model="demo"), open_page(model="demo")
+    chatting.set_parameter("Temperature", 0)
+    assert chatting.ask(QUESTION) == ANSWER
+    demo_worker.stop()
+    assert "NETWORK ERROR" in chatting.ask(OTHER_QUESTION)
+    fresh.question.fill(QUESTION)
+    fresh.question.press("Enter")
+    expect(fresh.page.get_by_text("No worker serves 'demo'")).to_be_visible()
+
+    demo_worker.start()
+    chatting.regenerate.click()
+    expect(chatting.answers.last).to_contain_text("deque")
+    fresh.page.reload()
+    fresh.wait_loaded()
+    fresh.set_parameter("Temperature", 0)
+    assert fresh.ask(QUESTION) == ANSWER
+
+
+def test_worker_that_vanished_is_told(open_page: OpenPage, controller: Server, chat_format: ChatFormat) -> None:
     with fake_worker(controller, FakeEngine(["Fine."]), "scribe", chat_format):
         chat = open_page(model="scribe")
         chat.ask("How are you?")
@@ -139,7 +160,26 @@ def test_worker_that_vanished_is_told(open_page: OpenPage, controller: Process, 
 
 
 def test_name_that_fastchat_would_send_to_openai(
-    open_page: OpenPage, controller: Process, chat_format: ChatFormat
+    open_page: OpenPage, controller: Server, chat_format: ChatFormat
 ) -> None:
     with fake_worker(controller, FakeEngine(["Fine."]), "my-gpt-4", chat_format):
         assert open_page(model="my-gpt-4").ask("How are you?") == "Fine."
+
+
+def test_nothing_typed_is_kept(open_page: OpenPage, webui: Server, demo_worker: Server) -> None:
+    open_page(model="demo").ask("What is a needle-in-the-log?")
+    assert "needle" not in webui.output
+    assert list(webui.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(("theme", "is_dark"), [("light", False), ("dark", True)])
+def test_themes(open_page: OpenPage, demo_worker: Server, tmp_path: Path, theme: str, is_dark: bool) -> None:
+    """Also takes the pictures in docs/images, with SCREENSHOTS=docs/images."""
+    chat = open_page(model="demo", __theme=theme)
+    chat.set_parameter("Temperature", 0)
+    chat.ask(OTHER_QUESTION)
+    chat.ask(QUESTION)
+    color: str = chat.page.evaluate("getComputedStyle(document.querySelector('gradio-app')).backgroundColor")
+    red, green, blue = map(int, color.removeprefix("rgb(").removesuffix(")").split(","))
+    assert (red + green + blue < 200) == is_dark
+    chat.page.screenshot(path=Path(os.environ.get("SCREENSHOTS", tmp_path)) / f"webui-{theme}.png")
