@@ -30,6 +30,7 @@ from rich.text import Text
 from ipex_vllm.lifetime import die_with_parent
 from ipex_vllm.options import (
     CONFIG_VARIABLE,
+    ENVIRONMENT_PREFIX,
     OptionError,
     Parser,
     add_options,
@@ -94,6 +95,7 @@ class Service:
     is_ready: Callable[[], Awaitable[bool]]
     death_signal: signal.Signals = signal.SIGKILL  # what the kernel sends it when this program dies
     stop_timeout_s: float = KILL_AFTER_S
+    environ: dict[str, str] = field(default_factory=dict)  # beside this program's own
     process: asyncio.subprocess.Process | None = field(default=None, repr=False)
     last_line: str = ""
 
@@ -158,7 +160,7 @@ class Supervisor:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            env=self._environ,
+            env=self._environ | service.environ,
             start_new_session=True,  # so that Ctrl-C reaches this program alone, and a group can be ended as a whole
             preexec_fn=partial(die_with_parent, service.death_signal),
         )
@@ -239,6 +241,8 @@ def make_services(options: UpOptions, workers: Sequence[dict[str, Any]]) -> list
                 partial(gets_ok, f"{url}/ready", own.get("api-token")),
                 death_signal=signal.SIGTERM,  # it ends its engine's processes
                 stop_timeout_s=options.drain_timeout + KILL_AFTER_S,
+                # Some flags are switched off by --no-X and some by silence; the worker knows which.
+                environ={_as_variable(name): "false" for name, value in own.items() if value is False},
             )
         )
     services.append(
@@ -386,6 +390,10 @@ def welcome(options: UpOptions, workers: Sequence[dict[str, Any]]) -> str:
 
 def _as_flag(name: str, value: Any) -> str:
     return f"--{name}" if value is True else f"--{name}={value}"
+
+
+def _as_variable(name: str) -> str:
+    return ENVIRONMENT_PREFIX + name.replace("-", "_").upper()
 
 
 def _signal_group(process: asyncio.subprocess.Process, signal_number: signal.Signals) -> None:

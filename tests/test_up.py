@@ -116,7 +116,7 @@ def test_a_file_describes_several_workers(tmp_path: Path) -> None:
     file.write_text(
         "controller-port: 31001\nworkers:\n"
         "  - {model-path: /models/a, low_bit: sym_int4}\n"
-        "  - {model-path: /models/b, port: 5000, module: workers.hf_worker, trust-remote-code: true}\n"
+        "  - {model-path: /models/b, port: 5000, module: workers.hf_worker, trust-remote-code: true, compile: false}\n"
     )
     options, workers = read_options(["--config", str(file), "--no-web"])
     services = make_services(options, workers)
@@ -126,6 +126,7 @@ def test_a_file_describes_several_workers(tmp_path: Path) -> None:
     assert {"--model-path=/models/a", "--low-bit=sym_int4", "--controller-address=http://127.0.0.1:31001"} <= {*first}
     assert second[1:5] == ["-m", "workers.hf_worker", "--port", "5000"]
     assert "--trust-remote-code" in second
+    assert services[2].environ == {"IPEX_VLLM_COMPILE": "false"}, "which is not the same as saying nothing"
     assert '"model": "a"' in welcome(options, workers).replace("\\[", "[")
 
 
