@@ -28,8 +28,8 @@ from ipex_vllm.low_bit.hf import HfLowBitLinear
 from ipex_vllm.low_bit.matmul import LowBitLinear
 from ipex_vllm.options import WorkerOptions
 from ipex_vllm.protocol import GenerateRequest
-from tests.e2e.processes import eventually, program
-from tests.support import free_port, generate, make_server, serving, stream
+from tests.processes import Server, eventually
+from tests.support import generate, make_server, serving, stream
 from workers import hf_engine, hf_generation
 from workers.hf_engine import HfEngine, embedding_batches
 from workers.hf_generation import logits_processors
@@ -163,11 +163,8 @@ def test_logprobs_are_the_models_own_and_echo_adds_the_prompts(engine: HfEngine,
         chosen = expected[position - 1, token_id].item()
         assert logprobs["token_logprobs"][position] == pytest.approx(chosen, abs=1e-3)
         values, ids = expected[position - 1].topk(3)
-        top = {
-            engine.tokenizer.decode([top_id], skip_special_tokens=True): value
-            for top_id, value in zip(ids, values.tolist(), strict=True)
-        }
-        top |= {engine.tokenizer.decode([token_id], skip_special_tokens=True): chosen}
+        top = {engine.tokenizer.decode([top_id]): value for top_id, value in zip(ids, values.tolist(), strict=True)}
+        top |= {engine.tokenizer.decode([token_id]): chosen}
         assert logprobs["top_logprobs"][position] == pytest.approx(top, abs=1e-3)
 
 
@@ -467,14 +464,11 @@ def test_low_bit_weights_answer_as_the_original_does(url: str) -> None:
 
 
 def test_the_worker_runs_as_a_process_and_drains(tmp_path: Path) -> None:
-    port = free_port()
-    address = f"http://127.0.0.1:{port}"
-    arguments = ["--model-path", "demo", "--low-bit", "bf16", "--port", str(port), "--no-register"]
-    with program("workers.hf_worker", arguments, tmp_path / "hf.log") as process, ThreadPoolExecutor() as pool:
-        process.wait_for(f"{address}/ready")
-        answer = pool.submit(stream, address, prompt=PROMPT, max_new_tokens=100, ignore_eos=True)
-        eventually(lambda: status(address)["queue_length"] == 1, "the request runs")
-        assert process.stop() == 0
+    command = ("workers.hf_worker", "--model-path", "demo", "--low-bit", "bf16", "--no-register")
+    with Server(tmp_path / "hf", "/ready", *command) as worker, ThreadPoolExecutor() as pool:
+        answer = pool.submit(stream, worker.url, prompt=PROMPT, max_new_tokens=100, ignore_eos=True)
+        eventually(lambda: status(worker.url)["queue_length"] == 1, "the request runs")
+        assert worker.stop() == 0
         assert answer.result()[-1]["usage"]["completion_tokens"] == 100
 
 

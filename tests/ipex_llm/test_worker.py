@@ -1,21 +1,25 @@
 """The worker on ipex-llm's engine, for real: the protocol, and what the engine's processes leave behind."""
 
+import functools
 import itertools
 import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 import pytest
 
+from benchmarks.make_model import make_model
 from ipex_vllm.demo import MODEL_DIR
 from ipex_vllm.ipex_llm_engine import CPU_FORMATS
-from tests.e2e.processes import eventually, program, worker
+from tests.processes import Program, Server, eventually, worker
 from tests.support import generate, stream
 
 # One core: with more, OpenMP's threads wait for each other wherever the machine is busy with something else.
@@ -46,8 +50,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     files = {file.name: file.read_bytes() for file in model.iterdir()}
     # In float32, so that the order of a batch's sums does not decide between nearly equal logits.
     arguments = (*ENGINE, "--model-path", str(model), "--model-names", "demo", "--low-bit", "fp32")
-    with worker(tmp_path_factory.mktemp("worker"), *arguments) as (running, url):
-        yield url
+    with worker(tmp_path_factory.mktemp("service") / "worker", *arguments) as running:
+        yield running.url
         assert running.stop() == 0
     assert files == {file.name: file.read_bytes() for file in model.iterdir()}
 
@@ -73,15 +77,19 @@ def test_the_chat_template_is_the_models_own(url: str) -> None:
     assert conv["roles"] == ["<|im_start|>user\n", "<|im_start|>assistant\n"]
 
 
-def test_sampling_parameters_reach_the_engine(url: str) -> None:
-    greedy = text(url)
-    assert text(url, temperature=2.0, top_k=1) == greedy
-    assert text(url, temperature=2.0, top_p=0) == greedy
-    assert text(url, temperature=2.0, min_p=1.0) == greedy
-    assert text(url, temperature=2.0, seed=1) == text(url, temperature=2.0, seed=1) != greedy
-    assert text(url, temperature=2.0, seed=1) != text(url, temperature=2.0, seed=2)
-    assert text(url, repetition_penalty=2.0) != greedy
-    assert text(url, presence_penalty=2.0, frequency_penalty=2.0) != greedy
+def test_sampling_parameters_reach_the_engine(tmp_path: Path) -> None:
+    """On random weights: the demo model is so sure of some answers that no temperature changes them."""
+    model = make_model("tiny", tmp_path / "tiny")
+    with worker(tmp_path / "worker", *ENGINE, "--model-path", str(model), "--low-bit", "fp32") as running:
+        text_with = functools.partial(text, running.url, ignore_eos=True)
+        greedy = text_with()
+        assert text_with(temperature=2.0, top_k=1) == greedy
+        assert text_with(temperature=2.0, top_p=0) == greedy
+        assert text_with(temperature=2.0, min_p=1.0) == greedy
+        assert text_with(temperature=2.0, seed=1) == text_with(temperature=2.0, seed=1) != greedy
+        assert text_with(temperature=2.0, seed=1) != text_with(temperature=2.0, seed=2)
+        assert text_with(repetition_penalty=2.0) != greedy
+        assert text_with(presence_penalty=2.0, frequency_penalty=2.0) != greedy
 
 
 def test_several_choices_are_those_of_single_requests(url: str) -> None:
@@ -148,32 +156,57 @@ def test_concurrent_streams_say_what_single_ones_say(url: str) -> None:
 
 @pytest.mark.parametrize("low_bit", CPU_FORMATS)
 def test_each_low_bit_format_answers(low_bit: str, tmp_path: Path) -> None:
-    with worker(tmp_path, *ENGINE, "--low-bit", low_bit) as (_, url):
-        answer = text(url, max_new_tokens=48)
+    with worker(tmp_path / "worker", *ENGINE, "--low-bit", low_bit) as running:
+        answer = text(running.url, max_new_tokens=48)
         assert "itera" in answer, answer
 
 
 def test_a_format_that_ipex_llm_has_for_gpus_only_is_one_line(tmp_path: Path) -> None:
-    with program("ipex_vllm.worker", [*ENGINE, "--low-bit", "fp8_e4m3"], tmp_path / "log") as running:
+    command = (sys.executable, "-m", "ipex_vllm.worker", *ENGINE, "--low-bit", "fp8_e4m3")
+    with Program(tmp_path / "worker", *command) as running:
         assert running.process.wait(120) == 1
         last_line = running.output.splitlines()[-1]
         assert last_line.startswith("error: --low-bit fp8_e4m3: on cpu, --engine ipex-llm has bf16, fp16, fp32, sym_i")
 
 
 def test_a_killed_worker_leaves_no_process(tmp_path: Path) -> None:
-    with worker(tmp_path, *ENGINE) as (running, _):
+    with worker(tmp_path / "worker", *ENGINE) as running:
         children = running.tree()[1:]
         assert children
         running.process.send_signal(signal.SIGKILL)
         eventually(lambda: not any(child.is_running() for child in children), "its engine's process is gone")
 
 
-def test_a_worker_whose_engine_process_dies_says_so_and_ends(tmp_path: Path) -> None:
-    with worker(tmp_path, *ENGINE) as (running, _):
+def test_sigterm_under_load_loses_nothing(tmp_path: Path) -> None:
+    with worker(tmp_path / "worker", *ENGINE) as running, ThreadPoolExecutor(4) as pool:
+        answers = start_streams(running, pool, max_new_tokens=200)
+        assert running.stop() == 0
+        for answer in answers:
+            last = answer.result()[-1]
+            assert (last["finish_reason"], last["usage"]["completion_tokens"]) == ("length", 200)
+
+
+def test_a_dead_engine_process_ends_the_worker_and_its_requests(tmp_path: Path) -> None:
+    with worker(tmp_path / "worker", *ENGINE) as running, ThreadPoolExecutor(4) as pool:
+        answers = start_streams(running, pool, max_new_tokens=1500)
         (engine_process,) = [child for child in running.tree()[1:] if is_python(child)]
         engine_process.kill()
+        assert [answer.result()[-1]["error_code"] for answer in answers] == [50001] * 4
         assert running.process.wait(60) == 1
         assert "ipex-llm's engine died" in running.output
+
+
+def start_streams(running: Server, pool: ThreadPoolExecutor, max_new_tokens: int) -> list[Future[list[dict[str, Any]]]]:
+    """Four streams of that many tokens, all of which run."""
+    params = {"prompt": PROMPT, "max_new_tokens": max_new_tokens, "ignore_eos": True}
+    answers = [pool.submit(stream, running.url, **params) for _ in range(4)]
+    eventually(lambda: queue_length(running.url) == 4, "all running")
+    return answers
+
+
+def queue_length(url: str) -> int:
+    length: int = httpx.post(f"{url}/worker_get_status", trust_env=False).json()["queue_length"]
+    return length
 
 
 def is_python(process: psutil.Process) -> bool:
