@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,6 +36,7 @@ from ipex_vllm.low_bit import ipex_llm_checkpoint
 from ipex_vllm.low_bit.checkpoint import IPEX_LLM_LOAD_FORMAT, IPEX_LLM_MARK, MARK, from_tensors, meta_tensors
 from ipex_vllm.low_bit.formats import FORMATS, Format
 from ipex_vllm.low_bit.matmul import LowBitLinear, make_linear, summarize
+from ipex_vllm.low_bit.memory import forget_pages, trim_heap
 from ipex_vllm.low_bit.quantize import QuantizedWeight, quantize, unsuitable_reason
 
 # vLLM configures the loggers below its own name only.
@@ -84,12 +86,22 @@ class LowBitConfig(QuantizationConfig):  # type: ignore[misc]
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Take the checkpoints that `checkpoint.save` wrote, whatever other layout they also follow."""
-        return cls.get_name() if hf_quant_cfg.get(MARK) == cls.format.name else None
+        """Take the checkpoints that `checkpoint.save` wrote, unless the user prefers the other layout they follow.
+
+        Raises ValueError if the user asks for another format than theirs.
+        """
+        if hf_quant_cfg.get(MARK) != cls.format.name or user_quant == hf_quant_cfg["quant_method"]:
+            return None
+        if user_quant is not None and user_quant != cls.get_name():
+            raise ValueError(already_quantized(cls.format.name, user_quant))
+        return cls.get_name()
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        saved_in = getattr(hf_config, IPEX_LLM_MARK, None)
+        if saved_in is not None and saved_in != self.format.name:
+            raise ValueError(already_quantized(saved_in, self.get_name()))
         # The loader of ipex-llm's checkpoints hands out blocks of 4 bits as they are, and others dequantized.
-        if hf_config is not None and hasattr(hf_config, IPEX_LLM_MARK) and self.format.bits == 4:
+        if saved_in is not None and self.format.bits == 4:
             self.method = OpenSaved
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -143,11 +155,29 @@ class IpexFp6Config(LowBitConfig):
     format = FORMATS["fp6"]
 
 
+def already_quantized(format_name: str, asked_for: str) -> str:
+    return (
+        f"the checkpoint is already quantized ({format_name}): leave --quantization {asked_for} out to serve it as it "
+        "is, or give the original checkpoint"
+    )
+
+
 class EmbeddingMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
     """An embedding as it is. vLLM would pack a second copy of it for a matmul that only an output head does."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
         pass
+
+
+def forgetting(weight_loader: Callable[..., None]) -> Callable[..., None]:
+    """The weight loader, after which a mapped checkpoint's tensor no longer takes memory."""
+
+    @functools.wraps(weight_loader)
+    def load(param: nn.Parameter, loaded_weight: torch.Tensor, *arguments: Any, **options: Any) -> None:
+        weight_loader(param, loaded_weight, *arguments, **options)
+        forget_pages(loaded_weight)
+
+    return load
 
 
 class LowBitMethod(LinearMethodBase):  # type: ignore[misc]
@@ -190,7 +220,7 @@ class LowBitMethod(LinearMethodBase):  # type: ignore[misc]
             return
         layer.low_bit_dtype = params_dtype
         for name, parameter in self.parameters(
-            sum(output_partition_sizes), input_size_per_partition, params_dtype, weight_loader
+            sum(output_partition_sizes), input_size_per_partition, params_dtype, forgetting(weight_loader)
         ):
             layer.register_parameter(name, parameter)
         initialize_online_processing(layer)
@@ -271,7 +301,7 @@ class OpenSaved(LowBitMethod):
         for name, like in meta_tensors(self.config.format, out_features, in_features).items():
             if name == "weight_shape":
                 yield name, BasevLLMParameter(data=like, weight_loader=weight_loader)
-            elif like.shape[1] == 1:
+            elif name == "weight_scale" and self.config.format.group_size is None:
                 yield name, ChannelQuantScaleParameter(data=like, output_dim=0, weight_loader=weight_loader)
             else:
                 yield name, ModelWeightParameter(data=like, input_dim=1, output_dim=0, weight_loader=weight_loader)
@@ -315,3 +345,4 @@ class Progress:
             for line in summarize(self.finished):
                 logger.info("%s", line)
             self.finished.clear()
+            trim_heap()

@@ -1,0 +1,46 @@
+"""The log-probability that vLLM gives each token of a fixed prompt: python -m tests.low_bit_logprobs JSON.
+
+JSON is a list of vLLM's engine arguments, for one model after the other. After each, a line begins with RESULT and
+holds, as JSON, the log-probabilities, or the error's message.
+"""
+
+import json
+import os
+import sys
+
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+PROMPT = [(7 * i * i + 3) % 128 for i in range(40)]
+SETTINGS = {
+    "max_model_len": 64,
+    "max_num_seqs": 4,
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 1 << 24,
+    "gpu_memory_utilization": 0.1,
+    "skip_tokenizer_init": True,
+}
+
+
+def logprobs(arguments: dict[str, object]) -> list[float]:
+    llm = LLM(**{**SETTINGS, **arguments})
+    sampling = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+    output = llm.generate({"prompt_token_ids": PROMPT}, sampling, use_tqdm=False)[0]
+    llm.llm_engine.engine_core.shutdown()
+    return [entry[token].logprob for token, entry in zip(PROMPT[1:], output.prompt_logprobs[1:], strict=True)]
+
+
+def main() -> None:
+    for arguments in json.loads(sys.argv[1]):
+        result: list[float] | str
+        try:
+            result = logprobs(arguments)
+        except Exception as error:
+            result = str(error)
+        cleanup_dist_env_and_memory()
+        # Past Python's buffers, in the order in which vLLM's processes write to the same file.
+        os.write(1, f"\nRESULT {json.dumps(result)}\n".encode())
+
+
+if __name__ == "__main__":
+    main()

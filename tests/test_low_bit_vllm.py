@@ -1,0 +1,231 @@
+"""The quantization plugin inside upstream vLLM, against Transformers with the dequantized weights."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from ipex_vllm.demo import resolve_model_path
+from ipex_vllm.low_bit import ipex_llm_checkpoint, vllm_arguments
+from ipex_vllm.low_bit.checkpoint import from_tensors, save
+from ipex_vllm.low_bit.formats import FORMATS
+from ipex_vllm.low_bit.quantize import dequantize, quantize
+from tests.low_bit_logprobs import PROMPT
+from tests.processes import Server
+
+IPEX_LLM = Path(__file__).parent / "fixtures" / "ipex_llm_checkpoints"
+SHAPE = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+    "initializer_range": 0.1,
+}
+# Two layers of four merged projections, and the head.
+LINEARS = 9
+
+
+@dataclass(frozen=True)
+class Result:
+    """What vLLM made of a model, and what it wrote meanwhile."""
+
+    value: list[float] | str
+    log: str
+
+    @property
+    def logprobs(self) -> torch.Tensor:
+        assert not isinstance(self.value, str), f"{self.value}\n{self.log[-4000:]}"
+        return torch.tensor(self.value)
+
+
+def run_vllm(arguments: dict[str, dict[str, object]], folder: Path, **environment: str) -> dict[str, Result]:
+    """One process that opens one model after the other: starting it takes longer than all of them."""
+    variables = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CACHE_ROOT": str(folder / "cache"),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        **environment,
+    }
+    command = [sys.executable, "-m", "tests.low_bit_logprobs", json.dumps([*arguments.values()])]
+    log = folder / "log"
+    with log.open("wb") as file:
+        subprocess.run(command, stdout=file, stderr=file, env=variables, timeout=500)
+    logs = re.split(r"^RESULT (.*)\n", log.read_text(), flags=re.MULTILINE)
+    assert len(logs) == 2 * len(arguments) + 1, logs[-1][-4000:]
+    values = map(json.loads, logs[1::2])
+    return {name: Result(*pair) for name, pair in zip(arguments, zip(values, logs[0::2], strict=False), strict=True)}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """`qwen` has QKV with bias, a head that shares the embedding, and down projections of 192 inputs, or 96 a rank."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    qwen = Qwen2ForCausalLM(Qwen2Config(**{**SHAPE, "intermediate_size": 192, "tie_word_embeddings": True}))
+    for layer in qwen.model.layers:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+            nn.init.normal_(projection.bias, std=0.3)
+    llama.bfloat16().save_pretrained(folder / "llama")
+    qwen.bfloat16().save_pretrained(folder / "qwen")
+    for name in ("sym_int4", "sym_int8"):
+        save(str(folder / "llama"), FORMATS[name], folder / name)
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def results(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    """Upstream vLLM with this package installed beside it."""
+    llama, qwen = {"model": str(models["llama"])}, {"model": str(models["qwen"])}
+    int4, int8 = {"quantization": "ipex_sym_int4"}, {"quantization": "ipex_sym_int8"}
+    saved_int4, saved_int8 = {"model": str(models["sym_int4"])}, {"model": str(models["sym_int8"])}
+    two_ranks = {"tensor_parallel_size": 2}
+    arguments = {
+        "sym_int4": {**llama, **int4},
+        "sym_int4 float32": {**llama, **int4, "dtype": "float32"},
+        "sym_int4 compiled": {**llama, **int4, "enforce_eager": False},
+        "sym_int4 saved": saved_int4,
+        "sym_int4 saved, two ranks": {**saved_int4, **two_ranks},
+        "sym_int4 asked of sym_int8": {**saved_int8, **int4},
+        "sym_int8": {**llama, **int8},
+        "sym_int8 float32": {**llama, **int8, "dtype": "float32"},
+        "sym_int8 compiled": {**llama, **int8, "enforce_eager": False},
+        "sym_int8 saved": {**saved_int8, **int8},
+        "qwen asym_int4": {**qwen, "quantization": "ipex_asym_int4"},
+        "qwen sym_int4, two ranks": {**qwen, **int4, **two_ranks},
+        "nf4": {**llama, "quantization": "ipex_nf4", "dtype": "float32"},
+    }
+    for name in ("sym_int4", "sym_int8"):
+        path = str(IPEX_LLM / name)
+        arguments[f"ipex-llm's {name}"] = {"model": path, **vllm_arguments(None, path, "cpu")}
+    return run_vllm(arguments, tmp_path_factory.mktemp("vllm"))
+
+
+def reference(model: Path, weight_of: Callable[[str, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(weight_of(name, module.weight.detach()))
+    with torch.inference_mode():
+        logits = network(torch.tensor([PROMPT])).logits[0].log_softmax(-1)
+    return logits[range(len(PROMPT) - 1), PROMPT[1:]]
+
+
+def quantized_to(format_name: str, unless: str = "nothing") -> Callable[[str, torch.Tensor], torch.Tensor]:
+    format = FORMATS[format_name]
+    return lambda name, weight: weight if unless in name else dequantize(quantize(weight, format))
+
+
+def assert_close(logprobs: torch.Tensor, expected: torch.Tensor, model: Path) -> None:
+    """Activations are rounded to 8 bits; what is left must be well below what quantizing the weights changed."""
+    unquantized = reference(model, lambda _, weight: weight)
+    assert (logprobs - expected).abs().mean() < 0.06
+    assert (logprobs - expected).norm() < 0.5 * (unquantized - expected).norm()
+
+
+@pytest.mark.parametrize(
+    "run", ["sym_int4", "sym_int4 float32", "sym_int4 compiled", "sym_int4 saved", "sym_int4 saved, two ranks"]
+)
+def test_four_bits(run: str, models: dict[str, Path], results: dict[str, Result]) -> None:
+    expected = reference(models["llama"], quantized_to("sym_int4"))
+    assert_close(results[run].logprobs, expected, models["llama"])
+    assert f"sym_int4: {LINEARS} layers use the kernel w4a8" in results[run].log
+    assert "Loading sym_int4: 100%" in results[run].log  # the progress bar
+
+
+@pytest.mark.parametrize("run", ["sym_int8", "sym_int8 float32", "sym_int8 compiled", "sym_int8 saved"])
+def test_eight_bits(run: str, models: dict[str, Path], results: dict[str, Result]) -> None:
+    expected = reference(models["llama"], quantized_to("sym_int8"))
+    assert (results[run].logprobs - expected).abs().mean() < 0.06
+    assert f"sym_int8: {LINEARS} layers use the kernel onednn-w8a8" in results[run].log
+
+
+@pytest.mark.parametrize("name", ["sym_int4", "sym_int8"])
+def test_reopening_what_was_saved_changes_no_bit(name: str, results: dict[str, Result]) -> None:
+    assert torch.equal(results[f"{name} saved"].logprobs, results[name].logprobs)
+
+
+@pytest.mark.parametrize("name", ["sym_int4", "sym_int8"])
+def test_the_compiled_model_is_one_graph_and_agrees_with_the_eager_one(name: str, results: dict[str, Result]) -> None:
+    compiled = results[f"{name} compiled"]
+    # vLLM compiles ahead of time, which takes a whole graph and fails where it would break.
+    assert "saved AOT compiled function" in compiled.log
+    assert (compiled.logprobs - results[name].logprobs).abs().mean() < 0.06
+
+
+def test_a_saved_checkpoint_is_refused_when_another_format_is_asked_of_it(results: dict[str, Result]) -> None:
+    message = results["sym_int4 asked of sym_int8"].value
+    assert isinstance(message, str)
+    assert "already quantized (sym_int8): leave --quantization ipex_sym_int4 out" in message
+
+
+def test_bias_and_tied_head(models: dict[str, Path], results: dict[str, Result]) -> None:
+    run = results["qwen asym_int4"]
+    assert_close(run.logprobs, reference(models["qwen"], quantized_to("asym_int4")), models["qwen"])
+    assert f"asym_int4: {LINEARS} layers use the kernel w4a8" in run.log
+
+
+def test_two_ranks_leave_a_layer_that_they_cannot_split_as_it_is(
+    models: dict[str, Path], results: dict[str, Result]
+) -> None:
+    run = results["qwen sym_int4, two ranks"]
+    expected = reference(models["qwen"], quantized_to("sym_int4", unless="down_proj"))
+    assert_close(run.logprobs, expected, models["qwen"])
+    for layer in range(2):
+        line = f"model.layers.{layer}.mlp.down_proj stays in torch.bfloat16: 96 inputs are no multiple of"
+        assert line in run.log
+    assert f"sym_int4: {LINEARS - 2} layers use the kernel w4a8" in run.log
+
+
+@pytest.mark.parametrize("name", ["sym_int4", "sym_int8"])
+def test_what_ipex_llm_saved_is_served(name: str, results: dict[str, Result]) -> None:
+    tensors = dict(ipex_llm_checkpoint.read(IPEX_LLM / name))
+
+    def weight_of(layer: str, _: torch.Tensor) -> torch.Tensor:
+        parts = {key.rpartition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{layer}.")}
+        return parts["weight"] if name == "sym_int8" else dequantize(from_tensors(FORMATS[name], parts))
+
+    expected = reference(IPEX_LLM / "original", weight_of)
+    assert (results[f"ipex-llm's {name}"].logprobs - expected).abs().mean() < 0.06
+
+
+def test_a_slow_format_is_served_and_says_what_it_costs(models: dict[str, Path], results: dict[str, Result]) -> None:
+    run = results["nf4"]
+    assert_close(run.logprobs, reference(models["llama"], quantized_to("nf4")), models["llama"])
+    assert f"nf4: {LINEARS} layers use the kernel dequantize, which saves memory but no time" in run.log
+
+
+def test_a_vllm_without_this_package_opens_what_was_saved(models: dict[str, Path], tmp_path: Path) -> None:
+    arguments: dict[str, dict[str, object]] = {name: {"model": str(models[name])} for name in ("sym_int4", "sym_int8")}
+    for name, run in run_vllm(arguments, tmp_path, VLLM_PLUGINS="").items():
+        expected = reference(models["llama"], quantized_to(name))
+        assert (run.logprobs - expected).abs().mean() < 0.06
+        assert "quantization=compressed-tensors" in run.log
+
+
+def test_upstreams_own_server_serves_a_format(tmp_path: Path) -> None:
+    model = resolve_model_path("demo")
+    flags = ("--quantization", "ipex_sym_int4", "--enforce-eager", "--max-model-len", "256", "--served-model-name", "m")
+    small = ("--kv-cache-memory-bytes", str(1 << 26), "--gpu-memory-utilization", "0.1")
+    question = {"role": "user", "content": "I want to import the itervaluerefs method. How?"}
+    module = "vllm.entrypoints.openai.api_server"
+    with Server(tmp_path / "server", "/health", module, "--model", str(model), *flags, *small) as server:
+        body = {"model": "m", "messages": [question], "temperature": 0, "max_tokens": 32}
+        url = f"{server.url}/v1/chat/completions"
+        answer = httpx.post(url, json=body, trust_env=False, timeout=60).raise_for_status().json()
+        assert "from weakref import WeakValueDictionary" in answer["choices"][0]["message"]["content"]
+        assert "layers use the kernel w4a8" in server.output
