@@ -26,6 +26,7 @@ from benchmarks.findings import (
     Findings,
     Measurement,
     Stage,
+    start_line,
     table_rows,
     workload_title,
     write_files,
@@ -60,6 +61,7 @@ class Comparison:
         self.measurements: list[Measurement] = []
         self.absent: dict[str, str] = {}
         self.failed: dict[str, str] = {}
+        self.start_s: dict[str, list[float]] = {}
         self.model = (ROOT / spec.model).resolve()
         self._logs = logs
         self._residents: dict[str, RunningSystem] = {}
@@ -104,6 +106,7 @@ class Comparison:
                             self._visit(stage, round, name, running)
                     else:
                         with self._system(name) as running:
+                            self._note_start(name, running)
                             self._warm_up(running)
                             self._visit(stage, round, name, running)
 
@@ -117,9 +120,14 @@ class Comparison:
             with self._noting_failure(name):
                 running = self._system(name)
                 running.start()
+                self._note_start(name, running)
                 self._residents[name] = running
                 self._warm_up(running)
                 running.pause()
+
+    def _note_start(self, name: str, running: RunningSystem) -> None:
+        if running.start_s is not None:
+            self.start_s.setdefault(name, []).append(running.start_s)
 
     @contextlib.contextmanager
     def _noting_failure(self, name: str) -> Iterator[None]:
@@ -181,6 +189,7 @@ class Comparison:
                     bounds[workload][name] = bound_of(options, work, peaks, shape, system.format)
         return {
             "workloads": {name: findings.workload(name, bounds[name]) for name in self.spec.workloads},
+            "start_s": self.start_s,
             "absent": self.absent,
             "failed": self.failed,
             "peaks": asdict(peaks) if peaks else None,
@@ -218,6 +227,8 @@ def main() -> int:
         write_files(args.out, result, comparison.measurements)
     for name, workload in result["workloads"].items():
         print_table(workload_title(name, workload), HEADER, table_rows(workload))
+    if comparison.start_s:
+        print(start_line(comparison.start_s))
     for name, why in {**comparison.absent, **comparison.failed}.items():
         print(f"{name}: {why}")
     print_json_line(result)

@@ -167,12 +167,19 @@ def workload_title(name: str, workload: Mapping[str, Any]) -> str:
     return f"{name} (noise floor {noise:.1%})" if noise is not None else f"{name} (noise floor not measured)"
 
 
+def start_line(start_s: Mapping[str, Sequence[float]]) -> str:
+    """One line with the seconds from start to ready, the median of each system's starts."""
+    return "Seconds from start to ready: " + ", ".join(f"{name} {np.median(s):.0f}" for name, s in start_s.items())
+
+
 def write_files(out: Path, result: Mapping[str, Any], measurements: Sequence[Measurement]) -> None:
     """Write JSON, Markdown, plots, and a CSV of the requests of each system and workload."""
     write_json(out / "result.json", dict(result))
     blocks = [f"# {result['title']}", f"{result['machine']['date']}, {result['machine']['cpu']}"]
     for name, workload in result["workloads"].items():
         blocks += [f"## {workload_title(name, workload)}", markdown_table(HEADER, table_rows(workload)).rstrip()]
+    if result["start_s"]:
+        blocks.append(start_line(result["start_s"]))
     if missing := {**result["absent"], **result["failed"]}:
         blocks.append("\n".join(f"- {name}: {why}" for name, why in missing.items()))
     (out / "summary.md").write_text("\n\n".join(blocks) + "\n")

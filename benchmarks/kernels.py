@@ -82,15 +82,16 @@ def ours(group: int, symmetric: bool) -> Callable[[int, int], Linear]:
     return create
 
 
-OURS = "w4a8 sym 32"
+GROUP = 64  # of sym_int4 and asym_int4, as in ipex-llm
+OURS = "w4a8 sym_int4"
 KERNELS: dict[str, tuple[Callable[[int, int], Linear], float]] = {  # and the bits of a weight
     "onednn bf16": (onednn_bf16, 16),
     "onednn w8a8": (onednn_w8a8, 8),
     "vllm da8w4": (vllm_da8w4, 4.6),
     "int4pack": (torch_int4pack, 4.5),
-    OURS: (ours(32, True), 4.5),
-    "w4a8 asym 32": (ours(32, False), 5),
-    "w4a8 sym 128": (ours(128, True), 4.125),
+    OURS: (ours(GROUP, True), 4.25),
+    "w4a8 asym_int4": (ours(GROUP, False), 4.5),
+    "w4a8 group 32": (ours(32, True), 4.5),
 }
 
 
@@ -160,7 +161,7 @@ def benchmark_shape(machine: Machine, names: list[str], outputs: int, inputs: in
             "of_best_other": round(min(others) / seconds, 3),
             "of_onednn_w8a8": round(median["onednn w8a8"] / seconds, 3),
             "of_read_bandwidth": round(
-                w4a8.packed_bytes(outputs, inputs, 32, True) / seconds / median["read_bytes_per_s"], 3
+                w4a8.packed_bytes(outputs, inputs, GROUP, True) / seconds / median["read_bytes_per_s"], 3
             ),
             "of_int8_peak": round(2 * m * outputs * inputs / seconds / median["int8_ops_per_s"], 3),
             "read_gb_per_s": round(median["read_bytes_per_s"] / 1e9, 1),

@@ -35,7 +35,7 @@ from benchmarks.systems.base import ROOT
 from benchmarks.workload import PromptWriter
 from ipex_vllm import cpu, worker
 from ipex_vllm.engine import Engine, EngineError
-from ipex_vllm.options import Parser, WorkerOptions, from_namespace, option
+from ipex_vllm.options import Parser, from_namespace, option
 from ipex_vllm.protocol import GenerateRequest, WorkerError
 
 METRICS = ("output_tps", "ttft_s.p50", "tpot_s.p50")
@@ -83,15 +83,7 @@ class EngineClient:
 
 async def start_engine(arguments: list[str]) -> Engine:
     """Start the engine that a worker with these arguments would start. Raises OptionError and EngineError."""
-    parser = worker.make_parser(None)
-    chosen, _ = worker.make_parser(None, add_help=False).parse_known_args(arguments)
-    engine_class = worker.load_engine(worker.ENGINES[chosen.engine])
-    engine_class.add_arguments(parser)
-    args = parser.parse_args(arguments)
-    options: WorkerOptions = from_namespace(WorkerOptions, args)
-    ranks = getattr(args, "tensor_parallel_size", 1) * getattr(args, "pipeline_parallel_size", 1)
-    facts = cpu.ModelFacts.read(options.model_path)
-    plan = cpu.make_plan(cpu.Machine.probe(), options, facts, ranks, getattr(args, "max_model_len", None))
+    engine_class, options, args, plan = worker.prepare(cpu.Machine.probe(), arguments, None)
     return await engine_class.start(options, args, plan)
 
 

@@ -45,13 +45,18 @@ class RunningSystem:
         self._env = env
         self._cores = cores
         self._processes: list[subprocess.Popen[bytes]] = []
+        self.start_s: float | None = None
 
     def __enter__(self) -> RunningSystem:
         self.start()
         return self
 
     def start(self) -> None:
-        """Start all processes and wait until the model is served. Raises BenchmarkError, with nothing left running."""
+        """Start all processes and wait until the model is served; how long that took is `start_s`.
+
+        Raises BenchmarkError, with nothing left running.
+        """
+        begun = time.monotonic()
         try:
             for command in self.launch.commands:
                 self._start(command)
@@ -60,6 +65,7 @@ class RunningSystem:
         except BaseException:
             self.stop()
             raise
+        self.start_s = time.monotonic() - begun
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

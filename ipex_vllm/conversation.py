@@ -73,8 +73,7 @@ def choose_chat_format(tokenizer: Any, model_path: str, template_name: str | Non
     Raises EngineError for a name that FastChat does not know.
     """
     if template_name is not None:
-        if template_name not in PROMPT_TEMPLATES:
-            raise EngineError(f"--conv-template {template_name}: FastChat knows {', '.join(sorted(PROMPT_TEMPLATES))}")
+        check_template_name(template_name)
         return ChatFormat(as_json(get_conv_template(template_name)), source="--conv-template")
     if getattr(tokenizer, "chat_template", None):
         chat_format = translate(tokenizer)
@@ -92,6 +91,12 @@ def choose_chat_format(tokenizer: Any, model_path: str, template_name: str | Non
         FALLBACK_TEMPLATE,
     )
     return ChatFormat(as_json(get_conv_template(FALLBACK_TEMPLATE)), source="nothing better known")
+
+
+def check_template_name(name: str) -> None:
+    """Raise EngineError for a template that FastChat does not know."""
+    if name not in PROMPT_TEMPLATES:
+        raise EngineError(f"--conv-template {name}: FastChat knows {', '.join(sorted(PROMPT_TEMPLATES))}")
 
 
 def match_registry(model_path: str) -> str | None:

@@ -213,6 +213,8 @@ def apply_plan(args: argparse.Namespace, plan: Plan) -> None:
     """Hand the plan to vLLM, except where the user already said something to vLLM itself."""
     bind = "|".join(",".join(map(str, cores)) for cores in plan.rank_cores)
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", bind)
+    # vLLM 0.32 saves the compiled model ahead of time, cannot load on CPUs what it saved, and compiles again.
+    os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
     if args.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         args.kv_cache_memory_bytes = plan.kv_cache_bytes
     args.enforce_eager = args.enforce_eager or not plan.use_compile

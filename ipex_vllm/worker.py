@@ -23,7 +23,7 @@ import uvicorn
 
 from ipex_vllm import cpu, xpu
 from ipex_vllm.controller import ControllerClient
-from ipex_vllm.conversation import choose_chat_format
+from ipex_vllm.conversation import check_template_name, choose_chat_format
 from ipex_vllm.demo import resolve_model_path
 from ipex_vllm.engine import Engine, EngineError
 from ipex_vllm.lifetime import die_with_parent
@@ -66,12 +66,28 @@ def main(arguments: Sequence[str] | None = None, engine: str | None = None) -> N
 def run(arguments: Sequence[str], engine: str | None) -> int:
     """Serve until told to stop and return the exit status. Raises OptionError and EngineError."""
     machine = cpu.Machine.probe()
-    early = make_parser(engine, add_help=False)
-    chosen, _ = early.parse_known_args(layered_arguments(early, arguments, ignore_unknown=True))
-    if chosen.preload and chosen.device == "cpu":
+    early = own_options(arguments, engine)
+    if early.preload and early.device == "cpu":
         cpu.preload_and_reexecute(machine)
 
-    engine_class = load_engine(engine or ENGINES[chosen.engine])
+    engine_class, options, args, plan = prepare(machine, arguments, engine)
+    if options.explain:
+        return 0
+    # Until the server runs, a signal ends the process wherever it is; exit handlers end the engine's processes.
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, lambda number, _: sys.exit(128 + number))
+    with listening_socket(options) as sock:
+        return asyncio.run(serve(engine_class, options, args, plan, sock))
+
+
+def prepare(
+    machine: cpu.Machine, arguments: Sequence[str], engine: str | None
+) -> tuple[type[Engine], WorkerOptions, argparse.Namespace, cpu.Plan]:
+    """Read the options and choose the settings for this machine: all that `Engine.start` takes.
+
+    Raises OptionError and EngineError.
+    """
+    engine_class = load_engine(engine or ENGINES[own_options(arguments, engine).engine])
     parser = make_parser(engine)
     engine_class.add_arguments(parser)
     args = parser.parse_args(layered_arguments(parser, arguments))
@@ -80,6 +96,8 @@ def run(arguments: Sequence[str], engine: str | None) -> int:
     args.model_path = resolve_model_path(args.model_path)
     check_model_directory(args.model_path)
     options: WorkerOptions = from_namespace(WorkerOptions, args)
+    if options.conv_template is not None:
+        check_template_name(options.conv_template)
     facts = cpu.ModelFacts.read(options.model_path)
     if options.device == "cpu" and getattr(args, "dtype", "auto") == "auto":
         options, line = cpu.choose_weights(machine, options, facts)
@@ -92,13 +110,13 @@ def run(arguments: Sequence[str], engine: str | None) -> int:
         plan = cpu.make_plan(machine, options, facts, num_ranks, max_model_len)
     for line in plan.lines:
         logger.info("%s", line)
-    if options.explain:
-        return 0
-    # Until the server runs, a signal ends the process wherever it is; exit handlers end the engine's processes.
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signal_number, lambda number, _: sys.exit(128 + number))
-    with listening_socket(options) as sock:
-        return asyncio.run(serve(engine_class, options, args, plan, sock))
+    return engine_class, options, args, plan
+
+
+def own_options(arguments: Sequence[str], engine: str | None) -> argparse.Namespace:
+    """The worker's own options, before the engine that adds its options is known."""
+    parser = make_parser(engine, add_help=False)
+    return parser.parse_known_args(layered_arguments(parser, arguments, ignore_unknown=True))[0]
 
 
 def make_parser(engine: str | None, add_help: bool = True) -> Parser:

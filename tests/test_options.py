@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from ipex_vllm import worker
+from ipex_vllm.engine import EngineError
 from ipex_vllm.options import (
     OptionError,
     Parser,
@@ -313,6 +314,13 @@ def test_explain_prints_the_plan_and_no_secret(monkeypatch, caplog, capfd, tmp_p
     assert "chosen with --kv-cache-gib" in caplog.text
     written = caplog.text + "".join(capfd.readouterr())
     assert "secret" not in written
+
+
+def test_a_template_that_fastchat_does_not_know_is_told_before_the_model_loads(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    arguments = ["--no-preload", "--conv-template", "vicunna", "--model-path", str(tmp_path)]
+    with pytest.raises(EngineError, match="--conv-template vicunna: FastChat knows .*vicuna_v1.1"):
+        worker.run(arguments, None)
 
 
 def test_a_secret_is_not_in_the_options_repr():

@@ -12,11 +12,12 @@ struct Avx512Vnni {
     using Dot = __m512i;
     static constexpr int lanes = 16, bytes = 64, slices = 1;
     static constexpr int max_rows = 7; // 14 int32 and 14 float32 accumulators, two codes, one activation: 31 of 32
+    static constexpr int high_factor = 16; // a high nibble is multiplied where it stands, which saves a shift
 
     static I zero() { return _mm512_setzero_si512(); }
     static I load_bytes(const void *p) { return _mm512_loadu_si512(p); }
     static I low_nibbles(I v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
-    static I high_nibbles(I v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }
+    static I high_nibbles(I v) { return _mm512_and_si512(v, _mm512_set1_epi8(-16)); }
     static I broadcast(const void *p) {
         int32_t word;
         std::memcpy(&word, p, 4);

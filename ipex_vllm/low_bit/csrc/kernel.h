@@ -33,7 +33,7 @@ void accumulate(const uint8_t *block, const Activations &a, int64_t row, int64_t
     constexpr int lines = Group / 4, lines_per_step = kBlockInputs / 4;
     const int column[2] = {slice * V::lanes, kTileOutputs / 2 + slice * V::lanes};
     const int8_t *x = a.codes + row * a.stride + first_group * Group;
-    const char *sums = static_cast<const char *>(a.sums) + (row * a.groups + first_group) * 4;
+    const char *sums = static_cast<const char *>(a.sums) + (row * a.groups + first_group) * kSumsBytes;
 
     F total[R][2];
 #pragma GCC unroll 8
@@ -41,11 +41,13 @@ void accumulate(const uint8_t *block, const Activations &a, int64_t row, int64_t
 #pragma GCC unroll 2
         for (int c = 0; c < 2; ++c) total[r][c] = V::load_float(totals + r * kTileOutputs + column[c]);
 
-    for (int64_t g = 0; g < groups; ++g, block += terms_bytes + lines * kLineBytes, x += Group, sums += 4) {
+    for (int64_t g = 0; g < groups; ++g, block += terms_bytes + lines * kLineBytes, x += Group, sums += kSumsBytes) {
         I dot[R][2];
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
-            dot[r][0] = dot[r][1] = Symmetric ? V::broadcast(sums + r * a.groups * 4) : V::zero();
+#pragma GCC unroll 2
+            for (int c = 0; c < 2; ++c)
+                dot[r][c] = Symmetric ? V::broadcast(sums + r * a.groups * kSumsBytes + 4 * c) : V::zero();
 
         const uint8_t *codes = block + terms_bytes + slice * V::bytes;
 #pragma GCC unroll 1
@@ -81,7 +83,8 @@ void accumulate(const uint8_t *block, const Activations &a, int64_t row, int64_t
                 const F min = V::load_half(block + kTermBytes + 2 * column[c]);
 #pragma GCC unroll 8
                 for (int r = 0; r < R; ++r)
-                    total[r][c] = V::fma(min, V::broadcast_float(sums + r * a.groups * 4), total[r][c]);
+                    total[r][c] =
+                        V::fma(min, V::broadcast_float(sums + r * a.groups * kSumsBytes + 4 * c), total[r][c]);
             }
         }
     }
@@ -155,9 +158,11 @@ void finish(const Weights &w, const Activations &a, const Output &out, int64_t t
         char *to = static_cast<char *>(out.data) + (row * w.outputs + first) * element;
         alignas(64) char last[kTileOutputs * 4];
         char *whole = valid == kTileOutputs ? to : last;
-        const typename V::F scale = V::broadcast_float(a.scales + row);
-        for (int i = 0; i < kTileOutputs; i += V::lanes)
+        const float scales[2] = {a.scales[row], a.scales[row] / V::high_factor};
+        for (int i = 0; i < kTileOutputs; i += V::lanes) {
+            const typename V::F scale = V::broadcast_float(scales + i / (kTileOutputs / 2));
             store<V>(whole, out.dtype, i, V::fma(scale, V::load_float(totals + i), V::load_float(bias + i)));
+        }
         if (whole == last) std::memcpy(to, last, valid * element);
     }
 }
@@ -191,7 +196,7 @@ template <class V> void quantize(const void *x, DType dtype, const Weights &w, c
     const int64_t groups = w.groups(), group = w.group;
     const bool symmetric = w.symmetric;
     int8_t *codes = a.codes + row * a.stride;
-    char *sums = static_cast<char *>(a.sums) + row * groups * 4;
+    char *sums = static_cast<char *>(a.sums) + row * groups * kSumsBytes;
     for (int64_t g = 0, k = 0; g < groups; ++g) {
         typename V::I sum = V::zero();
         for (const int64_t end = k + group; k < end; k += V::lanes) {
@@ -199,9 +204,10 @@ template <class V> void quantize(const void *x, DType dtype, const Weights &w, c
             V::store_int8(codes + k, q);
             sum = V::add(sum, q);
         }
-        const int32_t integer = V::reduce_add(sum), folded = -8 * integer;
-        const float real = static_cast<float>(integer);
-        std::memcpy(sums + g * 4, symmetric ? static_cast<const void *>(&folded) : &real, 4);
+        const int32_t low = V::reduce_add(sum), high = V::high_factor * low;
+        const int32_t folded[2] = {-8 * low, -8 * high};
+        const float real[2] = {static_cast<float>(low), static_cast<float>(high)};
+        std::memcpy(sums + g * kSumsBytes, symmetric ? static_cast<const void *>(folded) : real, kSumsBytes);
     }
 }
 

@@ -12,6 +12,7 @@ template <class D> struct Vector256 : D {
     using I = __m256i;
     using F = __m256;
     static constexpr int lanes = 8, bytes = 32, slices = 2;
+    static constexpr int high_factor = 1; // sums of 16 bits have no room for high nibbles where they stand
 
     static I zero() { return _mm256_setzero_si256(); }
     static I load_bytes(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }

@@ -41,7 +41,7 @@ int32_t w4a8_linear(const void *x, const void *packed, const void *bias, void *o
     const int64_t stride = inputs + kRowPadding;
     const int64_t codes_bytes = aligned(rows * stride), scales_bytes = aligned(rows * 4);
     const Buffer buffer(static_cast<char *>(
-        std::aligned_alloc(64, codes_bytes + scales_bytes + aligned(rows * weights.groups() * 4))));
+        std::aligned_alloc(64, codes_bytes + scales_bytes + aligned(rows * weights.groups() * kSumsBytes))));
     if (!buffer) return -1;
     const Activations activations{reinterpret_cast<int8_t *>(buffer.get()),
                                   reinterpret_cast<float *>(buffer.get() + codes_bytes),

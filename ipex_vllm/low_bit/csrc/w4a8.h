@@ -13,6 +13,7 @@ constexpr int kBlockInputs = 32;    // the smallest group, and the step in which
 constexpr int kStretchInputs = 512; // inputs of a tile that are used for all rows at once: 9 KiB of weights
 constexpr int kPrefetchBytes = 4096; // how far ahead a tile is fetched when it is used only once
 constexpr int kMaxTaskRows = 128;   // rows in one task: their sums take 16 KiB
+constexpr int kSumsBytes = 8;       // what the weights' constant part needs of one row and group
 constexpr int kRowPadding = 64;     // bytes between quantized rows, so that rows do not meet in the same cache set
 
 enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
@@ -36,7 +37,8 @@ struct Weights {
 struct Activations {
     int8_t *codes; // [rows, stride]
     float *scales; // [rows]
-    void *sums;    // [rows, groups]: int32 -8 * sum(codes) for symmetric weights, else float32 sum(codes)
+    void *sums;    // [rows, groups, 2]: int32 -8 * sum(codes) for symmetric weights, else float32 sum(codes), and
+                   // the same times the kernel's high_factor for the outputs in the high nibbles
     int64_t stride;
     int64_t groups;
 };
