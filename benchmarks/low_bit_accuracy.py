@@ -16,15 +16,16 @@ from torch import nn
 
 from ipex_vllm.demo import resolve_model_path
 from ipex_vllm.demo.evaluate import load_examples, open_transformers, perplexity, transformers_answers
-from ipex_vllm.low_bit.formats import FORMATS, Format
+from ipex_vllm.low_bit.formats import FORMATS, Format, resolve
 from ipex_vllm.low_bit.quantize import dequantize, quantize
 
 
-def round_weights(model: Any, format: Format, search: bool) -> float:
+def round_weights(model: Any, format: Format, search: bool, keep_head: bool = False) -> float:
     """Round the weights of the linear layers in place; return the squared error relative to the squared weights."""
+    kept = model.get_output_embeddings() if keep_head else None
     error = total = 0.0
     for module in model.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and module is not kept:
             weight = module.weight.detach()
             rounded = dequantize(quantize(weight, format, search=search))
             error += (rounded - weight).square().sum().item()
@@ -38,19 +39,21 @@ def main() -> None:
     parser.add_argument("--model-path", default="demo")
     parser.add_argument("--limit", type=int, help="examples of each section; default: all")
     parser.add_argument("--answers", action="store_true", help="also generate and compare the answers")
+    parser.add_argument("--keep-head", action="store_true", help="leave the output head as it is")
+    parser.add_argument("--formats", nargs="+", default=[row.name for row in FORMATS.values() if row.kind != "dtype"])
     options = parser.parse_args()
     examples = load_examples(options.limit)
     path = resolve_model_path(options.model_path)
 
     def measure(format: Format | None, search: bool) -> tuple[float, float, list[str]]:
         model, tokenizer = open_transformers(path, dtype=torch.float32)
-        error = 0.0 if format is None else round_weights(model, format, search)
+        error = 0.0 if format is None else round_weights(model, format, search, options.keep_head)
         answers = transformers_answers(model, tokenizer, examples) if options.answers else []
         return error, perplexity(model, tokenizer, examples), answers
 
     _, base, base_answers = measure(None, False)
     rows = []
-    for format in (row for row in FORMATS.values() if row.kind != "dtype"):
+    for format in map(resolve, options.formats):
         for search in (False, True) if format.kind == "integer" and format.bits < 8 else (False,):
             error, value, answers = measure(format, search)
             row: dict[str, Any] = {

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from ipex_vllm.low_bit import matmul
 from ipex_vllm.low_bit.formats import FORMATS, Format
-from ipex_vllm.low_bit.matmul import KERNELS, DequantizingLinear, LowBitLinear, choose_kernel, make_linear
+from ipex_vllm.low_bit.matmul import KERNELS, LowBitLinear, choose_kernel, make_linear
 from ipex_vllm.low_bit.quantize import dequantize, quantize
 
 QUANTIZED = [row for row in FORMATS.values() if row.kind != "dtype"]
@@ -13,7 +14,7 @@ TOKENS = [1, 2, 3, 4, 5, 8, 16, 17, 64, 129, 257]
 
 
 def available(dtype: torch.dtype) -> list[tuple[type[LowBitLinear], Format]]:
-    return [(k, f) for k in KERNELS for f in QUANTIZED if k.unavailable_reason(f, 64, 128, dtype) is None]
+    return [(k, f) for k in KERNELS for f in QUANTIZED if k.unavailable_reason(f, 64, dtype) is None]
 
 
 def activations(tokens: int, features: int) -> dict[str, torch.Tensor]:
@@ -45,7 +46,7 @@ def test_a_kernel_is_within_its_rounding_of_the_float32_product(
 ) -> None:
     torch.manual_seed(0)
     for out_features, in_features in SHAPES:
-        if kernel.unavailable_reason(format, out_features, in_features, torch.bfloat16):
+        if kernel.unavailable_reason(format, out_features, torch.bfloat16):
             continue
         weight = torch.randn(out_features, in_features) * 0.02
         weight[0], weight[1, ::5], weight[2] = 0, 3.0, 0.25
@@ -81,10 +82,42 @@ def test_torch_compile_takes_the_layer_whole_and_gives_the_same_numbers(format: 
         assert torch.equal(compiled(x), linear(x * 2) + 1)
 
 
-@pytest.mark.parametrize("name", ["sym_int4", "asym_int4", "sym_int8"])
-def test_the_formats_with_integer_codes_compute_in_integers_here(name: str) -> None:
-    assert choose_kernel(FORMATS[name], 64, 128, torch.bfloat16) is not DequantizingLinear
+AVX512_BF16 = frozenset({"onednn_scaled_mm", "cpu_gemm_wna16", "int4_scaled_mm_cpu"})
+AVX512 = frozenset({"onednn_scaled_mm", "cpu_gemm_wna16"})
+AVX2 = frozenset({"onednn_scaled_mm"})
 
 
-def test_a_shape_that_no_fast_kernel_takes_falls_back_to_one_that_does() -> None:
-    assert choose_kernel(FORMATS["nf4"], 33, 64, torch.bfloat16) is DequantizingLinear
+@pytest.mark.parametrize(
+    ("format", "operators", "has_amx", "is_built", "dtype", "outputs", "kernel"),
+    [
+        ("sym_int4", AVX2, False, True, torch.bfloat16, 64, "w4a8"),
+        ("sym_int4", AVX512_BF16, False, True, torch.bfloat16, 64, "w4a8"),
+        ("sym_int4", AVX512_BF16, True, True, torch.bfloat16, 64, "vllm-w4a8"),
+        ("sym_int4", AVX512_BF16, True, True, torch.bfloat16, 96, "w4a8"),
+        ("sym_int4", AVX512_BF16, True, True, torch.float32, 64, "w4a8"),
+        ("sym_int4", AVX512_BF16, False, False, torch.bfloat16, 64, "vllm-w4a8"),
+        ("sym_int4", AVX512, False, False, torch.bfloat16, 64, "vllm-w4a16"),
+        ("sym_int4", AVX512, False, False, torch.float32, 64, "dequantize"),
+        ("asym_int4", AVX512_BF16, True, True, torch.bfloat16, 64, "w4a8"),
+        ("asym_int4", AVX512_BF16, True, False, torch.bfloat16, 64, "dequantize"),
+        ("sym_int8", AVX2, False, True, torch.bfloat16, 33, "onednn-w8a8"),
+        ("sym_int8", AVX512_BF16, True, False, torch.float32, 33, "onednn-w8a8"),
+        ("sym_int8", frozenset(), False, True, torch.bfloat16, 64, "dequantize"),
+        ("fp8_e4m3", AVX512_BF16, True, True, torch.bfloat16, 64, "dequantize"),
+        ("nf4", AVX512_BF16, True, True, torch.bfloat16, 64, "dequantize"),
+    ],
+)
+def test_the_kernel_follows_from_the_format_the_machine_the_dtype_and_the_shape(
+    monkeypatch: pytest.MonkeyPatch,
+    format: str,
+    operators: frozenset[str],
+    has_amx: bool,
+    is_built: bool,
+    dtype: torch.dtype,
+    outputs: int,
+    kernel: str,
+) -> None:
+    monkeypatch.setattr(matmul, "_vllm_cpu_ops", lambda: operators)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    monkeypatch.setattr(matmul.w4a8, "unavailable_reason", lambda: None if is_built else "was not built")
+    assert choose_kernel(FORMATS[format], outputs, dtype).kernel == kernel

@@ -13,19 +13,44 @@ from ipex_vllm.low_bit import w4a8
 from ipex_vllm.low_bit.formats import FORMATS, Format
 from ipex_vllm.low_bit.quantize import QuantizedWeight, dequantize, pack_nibbles
 
+# DequantizingLinear's part of a weight: few enough to stay in the cache until multiplied, enough for two cores.
+TILE_WEIGHTS = 2**19
+
 
 class LowBitLinear(nn.Module):
     """y = x W^T + b with a quantized W [out_features, in_features]; x and y are [..., features], of one float dtype.
 
     A subclass is one kernel. `forward` takes the bias rather than owning it, because under tensor parallelism only
     one rank adds it.
+
+    Attributes:
+        kernel: its name, as it is logged.
+        formats: the formats that it computes.
+        dtypes: those of the activations.
+        outputs_multiple: what out_features must be a multiple of.
     """
 
     kernel = ""
+    formats: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+    outputs_multiple = 1
 
     @classmethod
-    def unavailable_reason(cls, format: Format, out_features: int, in_features: int, dtype: torch.dtype) -> str | None:
+    def unavailable_reason(cls, format: Format, out_features: int, dtype: torch.dtype) -> str | None:
         """Say why this kernel cannot compute such a layer on this machine, or None if it can."""
+        if format.name not in cls.formats:
+            return f"computes {', '.join(cls.formats)} only"
+        if reason := cls.missing():
+            return reason
+        if dtype not in cls.dtypes:
+            return f"computes in {', '.join(map(str, cls.dtypes))} only"
+        if out_features % cls.outputs_multiple:
+            return f"{out_features} outputs are no multiple of {cls.outputs_multiple}"
+        return None
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """Say why this machine is not one for this kernel, or None if it is."""
         raise NotImplementedError
 
     def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
@@ -58,14 +83,11 @@ class OneDnnInt8Linear(LowBitLinear):
     """oneDNN's W8A8, as vLLM wraps it: int8 weights per output channel, activations quantized to int8 per token."""
 
     kernel = "onednn-w8a8"
+    formats = ("sym_int8",)
 
     @classmethod
-    def unavailable_reason(cls, format: Format, out_features: int, in_features: int, dtype: torch.dtype) -> str | None:
-        if format.name != "sym_int8":
-            return "computes sym_int8 only"
-        if "onednn_scaled_mm" not in _vllm_cpu_ops():
-            return "needs vLLM's CPU library"
-        return None
+    def missing(cls) -> str | None:
+        return None if "onednn_scaled_mm" in _vllm_cpu_ops() else "needs vLLM's CPU library"
 
     def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
         super().__init__(weight, dtype)
@@ -90,12 +112,11 @@ class W4A8Linear(LowBitLinear):
     """This package's int4 matmul, with activations quantized to int8 per token (`w4a8.py`)."""
 
     kernel = "w4a8"
+    formats = ("sym_int4", "asym_int4")
     packed: torch.Tensor
 
     @classmethod
-    def unavailable_reason(cls, format: Format, out_features: int, in_features: int, dtype: torch.dtype) -> str | None:
-        if format.name not in ("sym_int4", "asym_int4"):
-            return "computes sym_int4 and asym_int4 only"
+    def missing(cls) -> str | None:
         return w4a8.unavailable_reason()
 
     def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
@@ -112,19 +133,16 @@ class VllmW4A8Linear(LowBitLinear):
     """vLLM's 4-bit matmul with activations quantized to uint8 per token; it has an AMX path."""
 
     kernel = "vllm-w4a8"
+    formats = ("sym_int4",)
+    dtypes = (torch.bfloat16,)
+    outputs_multiple = 64
 
     @classmethod
-    def unavailable_reason(cls, format: Format, out_features: int, in_features: int, dtype: torch.dtype) -> str | None:
-        if format.name != "sym_int4":
-            return "computes sym_int4 only"
+    def missing(cls) -> str | None:
         if "int4_scaled_mm_cpu" not in _vllm_cpu_ops():
             return "needs vLLM's CPU library, which has it from AVX-512 BF16 on"
         if not torch.cpu._is_amx_tile_supported() and w4a8.unavailable_reason() is None:
             return "is slower than w4a8 without AMX"
-        if dtype != torch.bfloat16:
-            return "computes in bfloat16 only"
-        if out_features % 64:
-            return f"{out_features} outputs are no multiple of 64"
         return None
 
     def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
@@ -153,18 +171,13 @@ class VllmW4A16Linear(LowBitLinear):
     """vLLM's 4-bit matmul on float activations. Faster than bf16 at a few tokens, slower at many."""
 
     kernel = "vllm-w4a16"
+    formats = ("sym_int4",)
+    dtypes = (torch.bfloat16, torch.float16)
+    outputs_multiple = 32
 
     @classmethod
-    def unavailable_reason(cls, format: Format, out_features: int, in_features: int, dtype: torch.dtype) -> str | None:
-        if format.name != "sym_int4":
-            return "computes sym_int4 only"
-        if "cpu_gemm_wna16" not in _vllm_cpu_ops():
-            return "needs vLLM's CPU library"
-        if dtype == torch.float32:
-            return "computes in bfloat16 and float16 only"
-        if out_features % 32:
-            return f"{out_features} outputs are no multiple of 32"
-        return None
+    def missing(cls) -> str | None:
+        return None if "cpu_gemm_wna16" in _vllm_cpu_ops() else "needs vLLM's CPU library"
 
     def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
         super().__init__(weight, dtype)
@@ -197,17 +210,13 @@ class XpuInt4Linear(LowBitLinear):
     """vLLM's 4-bit matmul for Intel GPUs, on float activations; the layout is the one that vLLM makes of GPTQ's."""
 
     kernel = "xpu-w4a16"
+    formats = ("sym_int4",)
+    dtypes = (torch.bfloat16, torch.float16)
     packed: torch.Tensor
 
     @classmethod
-    def unavailable_reason(cls, format: Format, out_features: int, in_features: int, dtype: torch.dtype) -> str | None:
-        if format.name != "sym_int4":
-            return "computes sym_int4 only"
-        if "int4_gemm_w4a16" not in _vllm_xpu_ops():
-            return "needs vLLM's library for Intel GPUs"
-        if dtype == torch.float32:
-            return "computes in bfloat16 and float16 only"
-        return None
+    def missing(cls) -> str | None:
+        return None if "int4_gemm_w4a16" in _vllm_xpu_ops() else "needs vLLM's library for Intel GPUs"
 
     def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
         super().__init__(weight, dtype)
@@ -231,17 +240,13 @@ class XpuFp8Linear(LowBitLinear):
     """vLLM's matmul for Intel GPUs with 8-bit float weights, one scale per output channel, on float activations."""
 
     kernel = "xpu-w8a16"
+    formats = ("fp8_e4m3", "fp8_e5m2")
+    dtypes = (torch.bfloat16, torch.float16)
     codes: torch.Tensor
 
     @classmethod
-    def unavailable_reason(cls, format: Format, out_features: int, in_features: int, dtype: torch.dtype) -> str | None:
-        if format.kind != "float8":
-            return "computes the fp8 formats only"
-        if "fp8_gemm_w8a16" not in _vllm_xpu_ops():
-            return "needs vLLM's library for Intel GPUs"
-        if dtype == torch.float32:
-            return "computes in bfloat16 and float16 only"
-        return None
+    def missing(cls) -> str | None:
+        return None if "fp8_gemm_w8a16" in _vllm_xpu_ops() else "needs vLLM's library for Intel GPUs"
 
     def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
         super().__init__(weight, dtype)
@@ -255,12 +260,13 @@ class XpuFp8Linear(LowBitLinear):
 
 
 class DequantizingLinear(LowBitLinear):
-    """No low-bit arithmetic: each call writes the layer's weight out in x's dtype and multiplies with that."""
+    """No low-bit arithmetic: each call writes the weight out in x's dtype, a few rows at a time, and multiplies."""
 
     kernel = "dequantize"
+    formats = tuple(format.name for format in FORMATS.values() if format.kind != "dtype")
 
     @classmethod
-    def unavailable_reason(cls, format: Format, out_features: int, in_features: int, dtype: torch.dtype) -> str | None:
+    def missing(cls) -> str | None:
         return None
 
     def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
@@ -283,8 +289,14 @@ def _dequantize_linear(
     bias: torch.Tensor | None,
     format_name: str,
 ) -> torch.Tensor:
-    weight = dequantize(QuantizedWeight(FORMATS[format_name], codes, scales, mins), x.dtype)
-    return nn.functional.linear(x, weight, bias)
+    format, y = FORMATS[format_name], x.new_empty((*x.shape[:-1], len(codes)))
+    rows = max(1, TILE_WEIGHTS // codes.shape[1])
+    for start in range(0, len(codes), rows):
+        part = slice(start, start + rows)
+        tile = QuantizedWeight(format, codes[part], scales[part], None if mins is None else mins[part])
+        tile_bias = None if bias is None else bias[part]
+        y[..., part] = nn.functional.linear(x, dequantize(tile, x.dtype), tile_bias)
+    return y
 
 
 @_dequantize_linear.register_fake
@@ -296,7 +308,7 @@ def _(
     bias: torch.Tensor | None,
     format_name: str,
 ) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+    return x.new_empty((*x.shape[:-1], len(codes)))
 
 
 # In order of preference: the first that can compute a layer does.
@@ -311,18 +323,17 @@ KERNELS: tuple[type[LowBitLinear], ...] = (
 )
 
 
-def choose_kernel(format: Format, out_features: int, in_features: int, dtype: torch.dtype) -> type[LowBitLinear]:
+def choose_kernel(format: Format, out_features: int, dtype: torch.dtype) -> type[LowBitLinear]:
     """Return the fastest kernel for a layer of this format, shape and activation dtype on this machine."""
     for kernel in KERNELS:
-        if kernel.unavailable_reason(format, out_features, in_features, dtype) is None:
+        if kernel.unavailable_reason(format, out_features, dtype) is None:
             return kernel
     raise AssertionError("DequantizingLinear computes everything")
 
 
 def make_linear(weight: QuantizedWeight, dtype: torch.dtype) -> LowBitLinear:
     """Pack `weight` for the chosen kernel; `dtype` is that of the activations."""
-    out_features, in_features = weight.codes.shape
-    return choose_kernel(weight.format, out_features, in_features, dtype)(weight, dtype)
+    return choose_kernel(weight.format, len(weight.codes), dtype)(weight, dtype)
 
 
 def summarize(linears: Sequence[LowBitLinear]) -> Iterator[str]:
@@ -330,5 +341,7 @@ def summarize(linears: Sequence[LowBitLinear]) -> Iterator[str]:
     for (format, kernel), count in Counter((linear.format.name, linear.kernel) for linear in linears).items():
         line = f"{format}: {count} layers use the kernel {kernel}"
         if kernel == DequantizingLinear.kernel:
-            line += ", which saves memory but no time: each call first writes the layer's weight out in full precision"
+            line += (
+                ", which saves memory but no time: each call first writes the weight out in full precision, in parts"
+            )
         yield line

@@ -77,18 +77,39 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> t
     """Return the weight [out_features, in_features] that the codes stand for; computed in float32, then cast."""
     result = torch.empty(weight.codes.shape, dtype=dtype, device=weight.codes.device)
     rows = max(1, CHUNK_WEIGHTS // weight.codes.shape[1])
-    values = None
-    if weight.format.values is not None:
-        values = torch.tensor(weight.format.values, device=weight.codes.device)
     for start in range(0, len(result), rows):
         part = slice(start, start + rows)
-        numbers = weight.codes[part].float() if values is None else values[weight.codes[part].int()]
-        grouped = numbers.view(*weight.scales[part].shape, -1)
+        grouped = _numbers(weight.codes[part], weight.format).view(*weight.scales[part].shape, -1)
         grouped *= weight.scales[part].float().unsqueeze(-1)
         if weight.mins is not None:
             grouped += weight.mins[part].float().unsqueeze(-1)
         result[part] = grouped.flatten(1)
     return result
+
+
+def _numbers(codes: torch.Tensor, format: Format) -> torch.Tensor:
+    """What the codes stand for before the scale is applied, in float32."""
+    if format.kind == "table":
+        return torch.tensor(format.values, device=codes.device)[codes.int()]
+    if format.values is not None:
+        return codes.float().add_(format.values[0])
+    if format.kind == "float8":
+        return _float8_numbers(codes)
+    return codes.float()
+
+
+def _float8_numbers(codes: torch.Tensor) -> torch.Tensor:
+    """`codes.float()`, eight times as fast: PyTorch converts 8-bit floats one by one, and 16-bit ones in vectors.
+
+    Moved to its place in a float16, an e5m2 code is the same number, and an e4m3 code is 2^-8 of it (the exponents'
+    biases are 7 and 15). Codes that are not numbers do not occur in a quantized weight.
+    """
+    bits = codes.view(torch.int8).to(torch.int16)
+    if codes.dtype == torch.float8_e5m2:
+        return bits.bitwise_left_shift_(8).view(torch.float16).float()
+    # The sign was extended into the bit below its own, which belongs to the exponent.
+    numbers = bits.bitwise_left_shift_(7).bitwise_and_(~(1 << 14)).view(torch.float16).float()
+    return numbers.mul_(2.0**8)
 
 
 def pack_nibbles(codes: torch.Tensor, order: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
