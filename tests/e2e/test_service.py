@@ -10,19 +10,23 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
-from tests.e2e.processes import ROOT, Service, eventually
+from tests.processes import ROOT, Service, eventually
 from tests.support import generate, raw_post, stream
 
 QUESTION = "What does itertools.chain do?"
+# What Prometheus appends to a family's name, by the family's type.
+SUFFIXES = {"gauge": [""], "counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     # In float32, so that the order of a batch's sums does not decide between nearly equal logits.
-    running = Service(tmp_path_factory.mktemp("service"), "--low-bit", "fp32", FASTCHAT_WORKER_HEART_BEAT_INTERVAL="1")
-    yield running
-    assert running.program.stop() == 0
+    folder = tmp_path_factory.mktemp("service") / "up"
+    with Service(folder, "--low-bit", "fp32", FASTCHAT_WORKER_HEART_BEAT_INTERVAL="1") as running:
+        yield running
+        assert running.stop() == 0
 
 
 @pytest.fixture
@@ -48,7 +52,7 @@ def run_fastchat(module: str, *arguments: str) -> str:
 
 
 def test_the_curl_that_is_printed_gets_a_right_answer(service: Service) -> None:
-    printed = re.search(r"curl (\S+) -H '([^']+)' .*?-d '(.+?)'\n", service.program.output, re.DOTALL)
+    printed = re.search(r"curl (\S+) -H '([^']+)' .*?-d '(.+?)'\n", service.output, re.DOTALL)
     assert printed is not None
     answer = subprocess.run(
         ["curl", "--silent", printed[1], "-H", printed[2], "-d", printed[3]], capture_output=True, check=True
@@ -58,7 +62,7 @@ def test_the_curl_that_is_printed_gets_a_right_answer(service: Service) -> None:
 
 
 def test_progress_is_shown_and_each_decision_has_a_reason(service: Service) -> None:
-    output = service.program.output
+    output = service.output
     assert "Loading safetensors" in output
     for decision in ("machine: ", "cores: ", "preload: ", "KV cache: ", "mode: "):
         assert decision in output
@@ -133,6 +137,19 @@ def test_fastchats_test_throughput(service: Service) -> None:
         *("--n-thread", "8", "--max-new-tokens", "32"),
     )
     assert "words/s" in out
+
+
+def test_the_dashboard_asks_for_what_a_worker_exposes(service: Service) -> None:
+    families = text_string_to_metric_families(httpx.get(f"{service.worker_url}/metrics", trust_env=False).text)
+    exposed = {family.name + suffix for family in families for suffix in SUFFIXES.get(family.type, ())}
+    panels = json.loads((ROOT / "docs/deploy/grafana.json").read_text())["panels"]
+    assert len(panels) > 10
+    for panel in panels:
+        assert panel["targets"], panel["title"]
+        for target in panel["targets"]:
+            asked = set(re.findall(r"\b(?:ipex_vllm_|vllm:)\w+", target["expr"]))
+            assert asked, target["expr"]
+            assert asked <= exposed, panel["title"]
 
 
 # The engine, through the worker
