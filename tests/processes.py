@@ -130,10 +130,10 @@ def register(controller_url: str, worker_url: str, server: WorkerServer) -> None
 
 
 def listed_models(controller_url: str) -> list[str]:
-    """What the controller lists; nothing while it does not answer."""
+    """What the controller lists; nothing while there is none. One that is slow is waited for."""
     try:
-        answer = httpx.post(f"{controller_url}/list_models", trust_env=False).json()
-    except httpx.HTTPError:
+        answer = httpx.post(f"{controller_url}/list_models", trust_env=False, timeout=60).json()
+    except (httpx.NetworkError, httpx.RemoteProtocolError):
         return []
     models: list[str] = answer["models"]
     return models

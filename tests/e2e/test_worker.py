@@ -147,7 +147,7 @@ def test_explain_prints_every_decision_and_loads_nothing(model: str) -> None:
 
 
 def status(url: str) -> dict[str, object]:
-    answer: dict[str, object] = httpx.post(f"{url}/worker_get_status", trust_env=False).json()
+    answer: dict[str, object] = httpx.post(f"{url}/worker_get_status", trust_env=False, timeout=60).json()
     return answer
 
 
