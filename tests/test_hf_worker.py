@@ -440,7 +440,10 @@ def test_the_thread_computes_on_the_plans_cores_only() -> None:
     ("options", "says"),
     [
         ({"model": Path("/nowhere/model")}, "/nowhere/model"),
-        ({"ipex": True}, "--ipex: Intel's extension for PyTorch is not installed here .* run `make env-ipex`"),
+        (
+            {"ipex": True},
+            "--ipex: Intel's extension for PyTorch is not installed here .*make env-ipex.*docs/engines.md",
+        ),
         ({"compile": True}, "--compile: Transformers runs the model eagerly here"),
         ({"low_bit": "sym_int99"}, "--low-bit: low-bit format 'sym_int99' is unknown; use one of sym_int4"),
         ({"max_model_len": 4096}, "--max-model-len 4096: the model has a context of 2048 tokens"),

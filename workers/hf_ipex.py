@@ -19,7 +19,7 @@ def require_ipex() -> Any:
     except ImportError as error:
         raise EngineError(
             f"--ipex: Intel's extension for PyTorch is not installed here ({' '.join(str(error).split())}). It needs "
-            "PyTorch 2.8, in an environment of its own: run `make env-ipex`, and the worker with .venv-ipex/bin/python."
+            "PyTorch 2.8, in an environment of its own (`make env-ipex`), and does not serve yet: see docs/engines.md."
         ) from error
     return ipex
 
