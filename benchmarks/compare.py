@@ -106,8 +106,7 @@ class Comparison:
                             self._visit(stage, round, name, running)
                     else:
                         with self._system(name) as running:
-                            self._note_start(name, running)
-                            self._warm_up(running)
+                            self._warm_up(name, running)
                             self._visit(stage, round, name, running)
 
     def _keep_resident(self, names: Sequence[str]) -> None:
@@ -120,14 +119,9 @@ class Comparison:
             with self._noting_failure(name):
                 running = self._system(name)
                 running.start()
-                self._note_start(name, running)
                 self._residents[name] = running
-                self._warm_up(running)
+                self._warm_up(name, running)
                 running.pause()
-
-    def _note_start(self, name: str, running: RunningSystem) -> None:
-        if running.start_s is not None:
-            self.start_s.setdefault(name, []).append(running.start_s)
 
     @contextlib.contextmanager
     def _noting_failure(self, name: str) -> Iterator[None]:
@@ -156,8 +150,12 @@ class Comparison:
         options = self.spec.workloads[workload]
         return make_work(replace(options, seed=options.seed + seed_offset), self._writer)
 
-    def _warm_up(self, running: RunningSystem) -> None:
-        """Run each workload's prompts once and forget it: compilation, caches, the first touch of memory."""
+    def _warm_up(self, name: str, running: RunningSystem) -> None:
+        """After a start: note how long it took, then run each workload's prompts once and forget it.
+
+        That is for compilation, caches and the first touch of memory.
+        """
+        self.start_s.setdefault(name, []).append(running.start_s)
         for workload, options in self.spec.workloads.items():
             short = replace(options, output=WARM_UP_OUTPUT, seed=WARM_UP_SEED)
             self._run(running, make_work(short, self._writer), short, f"warming up: {workload}")

@@ -45,7 +45,7 @@ class RunningSystem:
         self._env = env
         self._cores = cores
         self._processes: list[subprocess.Popen[bytes]] = []
-        self.start_s: float | None = None
+        self.start_s = 0.0
 
     def __enter__(self) -> RunningSystem:
         self.start()
