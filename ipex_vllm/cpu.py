@@ -200,12 +200,20 @@ def choose_weights(machine: Machine, options: WorkerOptions, model: ModelFacts) 
 
 
 def make_plan(
-    machine: Machine, options: WorkerOptions, model: ModelFacts, num_ranks: int = 1, max_model_len: int | None = None
+    machine: Machine,
+    options: WorkerOptions,
+    model: ModelFacts,
+    num_ranks: int = 1,
+    max_model_len: int | None = None,
+    num_stages: int = 1,
 ) -> Plan:
-    """Choose the settings. Raises EngineError, with the figures, when the model does not fit in the free memory."""
+    """Choose the settings. Raises EngineError, with the figures, when the model does not fit in the free memory.
+
+    `num_ranks` are the processes of tensor and pipeline parallelism together, `num_stages` those of the pipeline.
+    """
     rank_cores, cores_reason = _choose_cores(machine, options.cores, num_ranks)
     kv_cache_bytes, kv_reason = _choose_kv_cache(machine, options, model, rank_cores, max_model_len)
-    use_compile, compile_reason = _choose_compile(options, model)
+    use_compile, compile_reason = _choose_compile(options, model, num_stages)
     shown_cores = " | ".join(",".join(map(str, cores)) for cores in rank_cores)
     return Plan(
         rank_cores,
@@ -318,9 +326,11 @@ def _choose_kv_cache(
     )
 
 
-def _choose_compile(options: WorkerOptions, model: ModelFacts) -> tuple[bool, str]:
+def _choose_compile(options: WorkerOptions, model: ModelFacts, num_stages: int) -> tuple[bool, str]:
     if options.compile is not None:
         return options.compile, "chosen with --compile" if options.compile else "chosen with --no-compile"
+    if num_stages > 1:
+        return True, "vLLM's pipeline does not run eagerly on a CPU"
     if model.weight_bytes is not None and model.weight_bytes < MIN_WEIGHT_BYTES_TO_COMPILE:
         return False, f"{model.weight_bytes / (1 << 20):.0f} MiB of weights do not earn back the minute it takes"
     return True, "faster steps for about a minute more at the first start; --no-compile starts at once"

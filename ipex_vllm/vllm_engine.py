@@ -17,7 +17,7 @@ from ipex_vllm import xpu
 from ipex_vllm.cpu import Plan
 from ipex_vllm.engine import Engine, EngineError, root_cause
 from ipex_vllm.low_bit import vllm_arguments
-from ipex_vllm.options import WorkerOptions
+from ipex_vllm.options import OptionError, WorkerOptions
 from ipex_vllm.protocol import (
     Delta,
     FinishReason,
@@ -210,7 +210,7 @@ def apply_low_bit(args: argparse.Namespace, options: WorkerOptions) -> None:
 
 
 def apply_plan(args: argparse.Namespace, plan: Plan) -> None:
-    """Hand the plan to vLLM, except where the user already said something to vLLM itself."""
+    """Hand the plan to vLLM, except where the user already said something to vLLM itself. Raises OptionError."""
     bind = "|".join(",".join(map(str, cores)) for cores in plan.rank_cores)
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", bind)
     # vLLM 0.32 saves the compiled model ahead of time, cannot load on CPUs what it saved, and compiles again.
@@ -218,3 +218,9 @@ def apply_plan(args: argparse.Namespace, plan: Plan) -> None:
     if args.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         args.kv_cache_memory_bytes = plan.kv_cache_bytes
     args.enforce_eager = args.enforce_eager or not plan.use_compile
+    if args.enforce_eager and args.pipeline_parallel_size > 1:
+        # vLLM 0.32 allocates what a later stage receives only in the warm-up that belongs to compiling.
+        raise OptionError(
+            f"--pipeline-parallel-size {args.pipeline_parallel_size} does not run eagerly on a CPU: "
+            "leave --no-compile and --enforce-eager out"
+        )

@@ -102,12 +102,13 @@ def prepare(
     if options.device == "cpu" and getattr(args, "dtype", "auto") == "auto":
         options, line = cpu.choose_weights(machine, options, facts)
         logger.info("%s", line)
-    num_ranks = getattr(args, "tensor_parallel_size", 1) * getattr(args, "pipeline_parallel_size", 1)
+    num_stages = getattr(args, "pipeline_parallel_size", 1)
+    num_ranks = getattr(args, "tensor_parallel_size", 1) * num_stages
     max_model_len = getattr(args, "max_model_len", None)
     if options.device == "xpu":
         plan: cpu.Plan = xpu.make_plan(xpu.probe(), machine, options, facts, num_ranks, max_model_len)
     else:
-        plan = cpu.make_plan(machine, options, facts, num_ranks, max_model_len)
+        plan = cpu.make_plan(machine, options, facts, num_ranks, max_model_len, num_stages)
     for line in plan.lines:
         logger.info("%s", line)
     return engine_class, options, args, plan

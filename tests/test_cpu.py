@@ -421,6 +421,13 @@ def test_a_small_model_runs_eagerly_and_a_large_one_compiled(small_box):
             assert line(plan, "mode").endswith(f"(chosen with {name})")
 
 
+def test_a_pipeline_is_compiled_whatever_the_models_size(small_box):
+    tiny = replace(MODEL_1B, weight_bytes=10 << 20)
+    plan = make_plan(small_box.probe(), WorkerOptions(), tiny, num_ranks=2, num_stages=2)
+    assert plan.use_compile
+    assert "torch.compile (vLLM's pipeline" in line(plan, "mode")
+
+
 # Every decision is told
 
 

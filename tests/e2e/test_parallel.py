@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.processes import Server, worker
 from tests.support import generate
 
@@ -16,11 +18,17 @@ def greedy(server: Server) -> list[str]:
     return [answer["text"] for answer in answers]
 
 
-def test_two_processes_say_what_one_says(tmp_path: Path) -> None:
-    with worker(tmp_path / "one", *MODEL) as running:
-        alone = greedy(running)
-    assert all(alone)
-    with worker(tmp_path / "two", *MODEL, "--tensor-parallel-size", "2") as running:
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    with worker(tmp_path_factory.mktemp("parallel") / "one", *MODEL) as running:
+        answers = greedy(running)
+    assert all(answers)
+    return answers
+
+
+@pytest.mark.parametrize("parallel", [("--tensor-parallel-size", "2"), ("--pipeline-parallel-size", "2", "--compile")])
+def test_two_processes_say_what_one_says(tmp_path: Path, alone: list[str], parallel: tuple[str, ...]) -> None:
+    with worker(tmp_path / "two", *MODEL, *parallel) as running:
         ranks = [process for process in running.tree() if "VLLM::Worker" in " ".join(process.cmdline())]
         assert len(ranks) == 2
         assert greedy(running) == alone

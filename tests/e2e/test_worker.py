@@ -131,6 +131,13 @@ def test_an_unknown_format_is_one_line(model: str) -> None:
     assert "sym_int4" in line
 
 
+def test_an_eager_pipeline_is_one_line(model: str) -> None:
+    arguments = ("--model-path", model, "--pipeline-parallel-size", "2", "--no-compile", "--port", str(free_port()))
+    line = fails(*arguments, status=2)
+    assert "--pipeline-parallel-size 2" in line
+    assert "--no-compile" in line
+
+
 def test_explain_prints_every_decision_and_loads_nothing(model: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "ipex_vllm.worker", "--model-path", model, "--explain", "--api-token", "s3cret"],
