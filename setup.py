@@ -1,6 +1,6 @@
-"""Builds the native int4 kernel into the package; everything else about the package is in pyproject.toml.
+"""Builds the native kernels into the package; everything else about the package is in pyproject.toml.
 
-Without a C++ compiler the package still installs, and `ipex_vllm.low_bit.w4a8.unavailable_reason()` says so.
+Without a C++ compiler the package still installs, and `ipex_vllm.low_bit.native.unavailable_reason()` says so.
 """
 
 import platform
@@ -15,16 +15,21 @@ FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fopenmp", "-fvisibility=hidden",
 # GCC 12 warns about its own AVX-512 headers, which leave a register undefined on purpose.
 FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl"]
 # Each file is compiled for the machine that its kernel is for; which one runs is decided at run time.
 SOURCES = {
     CSRC / "w4a8.cpp": [],
     CSRC / "avx2.cpp": AVX2,
     CSRC / "avx_vnni.cpp": [*AVX2, "-mavxvnni"],
-    CSRC / "avx512_vnni.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"],
+    CSRC / "avx512_vnni.cpp": [*AVX512, "-mavx512vnni"],
+    CSRC / "w8a16.cpp": [],
+    CSRC / "w8a16_avx2.cpp": AVX2,
+    CSRC / "w8a16_avx512.cpp": AVX512,
+    CSRC / "w8a16_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
 }
 
 
-class BuildKernel(build_ext):
+class BuildKernels(build_ext):
     """Compiles a plain shared library: no Python in it, and so no Python version in its name."""
 
     def get_ext_filename(self, fullname: str) -> str:
@@ -38,12 +43,12 @@ class BuildKernel(build_ext):
         self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name), target_lang="c++")
 
 
-kernel = Extension(
-    "ipex_vllm.low_bit.libw4a8",
+kernels = Extension(
+    "ipex_vllm.low_bit.libkernels",
     sources=[str(source) for source in SOURCES],
     depends=[str(header) for header in sorted(CSRC.glob("*.h"))],
     optional=True,
 )
 
 is_x86_linux = platform.system() == "Linux" and platform.machine() == "x86_64"
-setup(ext_modules=[kernel] if is_x86_linux else [], cmdclass={"build_ext": BuildKernel})
+setup(ext_modules=[kernels] if is_x86_linux else [], cmdclass={"build_ext": BuildKernels})

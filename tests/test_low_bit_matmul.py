@@ -103,7 +103,9 @@ AVX2 = frozenset({"onednn_scaled_mm"})
         ("sym_int8", AVX2, False, True, torch.bfloat16, 33, "onednn-w8a8"),
         ("sym_int8", AVX512_BF16, True, False, torch.float32, 33, "onednn-w8a8"),
         ("sym_int8", frozenset(), False, True, torch.bfloat16, 64, "dequantize"),
-        ("fp8_e4m3", AVX512_BF16, True, True, torch.bfloat16, 64, "dequantize"),
+        ("fp8_e4m3", AVX512_BF16, True, True, torch.bfloat16, 64, "w8a16"),
+        ("fp8_e5m2", frozenset(), False, True, torch.float32, 33, "w8a16"),
+        ("fp8_e4m3", AVX512_BF16, True, False, torch.bfloat16, 64, "dequantize"),
         ("nf4", AVX512_BF16, True, True, torch.bfloat16, 64, "dequantize"),
     ],
 )
@@ -119,5 +121,6 @@ def test_the_kernel_follows_from_the_format_the_machine_the_dtype_and_the_shape(
 ) -> None:
     monkeypatch.setattr(matmul, "_vllm_cpu_ops", lambda: operators)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
-    monkeypatch.setattr(matmul.w4a8, "unavailable_reason", lambda: None if is_built else "was not built")
+    for ours in (matmul.w4a8, matmul.w8a16):
+        monkeypatch.setattr(ours, "unavailable_reason", lambda: None if is_built else "was not built")
     assert choose_kernel(FORMATS[format], outputs, dtype).kernel == kernel

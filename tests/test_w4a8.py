@@ -1,17 +1,11 @@
 """The W4A8 kernel: every result against float64, and the same bits for any batch, thread count, instruction set."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from ipex_vllm.low_bit import w4a8
-
-ROOT = Path(__file__).parents[1]
-CSRC = ROOT / "ipex_vllm/low_bit/csrc"
+from ipex_vllm.low_bit import native, w4a8
 
 # Outputs and inputs of each model's linear layers, alone and as vLLM merges them (QKV, gate and up).
 MODEL_SHAPES = {
@@ -119,7 +113,7 @@ def test_the_shapes_of_the_models(shape, symmetric):
             assert_close(out[:, columns], reference(x, *weight))
 
 
-@pytest.mark.parametrize("dtype", w4a8.DTYPES)
+@pytest.mark.parametrize("dtype", native.DTYPES)
 @pytest.mark.parametrize("bias_dtype", [None, torch.float32, "same"])
 def test_dtypes_and_bias(dtype, bias_dtype):
     codes, scales, mins = random_weight(70, 256, 32, True)
@@ -155,7 +149,7 @@ def test_same_bits_for_any_number_of_threads(threads):
         assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
 
 
-@pytest.mark.parametrize("dtype", w4a8.DTYPES)
+@pytest.mark.parametrize("dtype", native.DTYPES)
 def test_same_bits_for_every_instruction_set(dtype):
     packed = w4a8.pack(*random_weight(96, 1152, 128, False))
     x = (torch.randn(20, 1152) * torch.logspace(-3, 3, 20)[:, None]).to(dtype)
@@ -245,65 +239,3 @@ def test_the_operator_compiles_into_one_graph():
         assert torch.equal(compiled(x), layer(x))
     operator = torch.ops.ipex_vllm.w4a8_linear.default
     torch.library.opcheck(operator, (x, packed, bias, 64, 32, True), test_utils=("test_schema", "test_faketensor"))
-
-
-THREAD_COUNT = """
-import os, torch
-from ipex_vllm.low_bit import w4a8
-torch.set_num_threads(3)
-torch.randn(512, 512) @ torch.randn(512, 512)
-torch.randn(1 << 22).exp()
-before = len(os.listdir("/proc/self/task"))
-packed = w4a8.pack(torch.zeros(1024, 512, dtype=torch.uint8), torch.ones(1024, 16), None)
-w4a8.linear(torch.randn(64, 512), packed, None, 1024, 32, True)
-print(before, len(os.listdir("/proc/self/task")))
-"""
-
-
-@pytest.mark.parametrize("preload", [None, "libiomp5.so"])
-def test_the_kernel_runs_on_the_threads_that_torch_has(preload):
-    env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    if preload:
-        env["LD_PRELOAD"] = str(Path(sys.prefix, "lib", preload))
-    done = subprocess.run([sys.executable, "-c", THREAD_COUNT], env=env, capture_output=True, text=True, check=True)
-    before, after = map(int, done.stdout.split())
-    assert before == after >= 3
-
-
-def test_without_the_library_the_reason_says_what_to_do(monkeypatch, tmp_path):
-    monkeypatch.setattr(w4a8, "LIBRARY", tmp_path / "libw4a8.so")
-    assert "install a C++ compiler" in w4a8.unavailable_reason()
-
-
-def test_without_a_compiler_the_package_still_builds(tmp_path):
-    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
-    env = os.environ | {"CC": "false", "CXX": "false"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert not list(tmp_path.rglob("*.so"))
-
-
-def test_no_access_past_a_buffer_and_no_undefined_behaviour(tmp_path):
-    driver = tmp_path / "driver"
-    sanitize = ["-std=c++17", "-O1", "-g", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    avx2 = ["-mavx2", "-mfma", "-mf16c"]
-    # AVX-512 has AVX-VNNI's one instruction in another encoding: such a CPU runs that kernel's source, too.
-    other_encoding = ["-mavx512vl", "-mavx512vnni", "-D_mm256_dpbusd_avx_epi32=_mm256_dpbusd_epi32"]
-    avx_vnni = other_encoding if 3 in isas() else ["-mavxvnni"]
-    sources = {
-        ROOT / "tests/w4a8_driver.cpp": [],
-        CSRC / "w4a8.cpp": [],
-        CSRC / "avx2.cpp": avx2,
-        CSRC / "avx_vnni.cpp": [*avx2, *avx_vnni],
-        CSRC / "avx512_vnni.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"],
-    }
-    objects = []
-    for source, flags in sources.items():
-        objects.append(str(tmp_path / f"{source.stem}.o"))
-        subprocess.run(["g++", *sanitize, *flags, f"-I{CSRC}", "-c", str(source), "-o", objects[-1]], check=True)
-    subprocess.run(["g++", *sanitize, *objects, "-o", str(driver)], check=True)
-    # Leaks are not looked for: OpenMP keeps its threads until the process ends.
-    env = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
-    done = subprocess.run([str(driver)], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{3 if 3 in isas() else len(isas())} instruction sets" in done.stdout

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from ipex_vllm.low_bit import w4a8
+from ipex_vllm.low_bit import w4a8, w8a16
 from ipex_vllm.low_bit.formats import FORMATS, Format
 from ipex_vllm.low_bit.quantize import QuantizedWeight, dequantize, pack_nibbles
 
@@ -127,6 +127,26 @@ class W4A8Linear(LowBitLinear):
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return w4a8.linear(x, self.packed, bias, self.out_features, self.group_size, self.format.symmetric)
+
+
+class W8A16Linear(LowBitLinear):
+    """This package's matmul with 8-bit float weights, a scale per output channel, on float activations (`w8a16.py`)."""
+
+    kernel = "w8a16"
+    formats = ("fp8_e4m3", "fp8_e5m2")
+    packed: torch.Tensor
+
+    @classmethod
+    def missing(cls) -> str | None:
+        return w8a16.unavailable_reason()
+
+    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
+        super().__init__(weight, dtype)
+        self.register_buffer("packed", w8a16.pack(weight.codes, weight.scales), persistent=False)
+        self.weight_dtype = weight.codes.dtype
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return w8a16.linear(x, self.packed, bias, self.out_features, self.weight_dtype)
 
 
 class VllmW4A8Linear(LowBitLinear):
@@ -318,6 +338,7 @@ KERNELS: tuple[type[LowBitLinear], ...] = (
     OneDnnInt8Linear,
     VllmW4A8Linear,
     W4A8Linear,
+    W8A16Linear,
     VllmW4A16Linear,
     DequantizingLinear,
 )

@@ -1,35 +1,28 @@
 """int4 weights times int8 activations (W4A8) on x86 CPUs: packing, and the torch operator over the native kernel.
 
-The kernel is a small C++ library with a plain C interface (`csrc/`), built with the package. How it works, and
-the packed layout drawn, is in `docs/kernels.md`.
+How the kernel works, and the packed layout drawn, is in `docs/kernels.md`.
 """
 
-import ctypes
-import math
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-LIBRARY = Path(__file__).with_name("libw4a8.so")
+from ipex_vllm.low_bit import native
+
 GROUP_SIZES = (32, 64, 128)
 TILE_OUTPUTS = 32
 TERM_BYTES = 2 * TILE_OUTPUTS
 
 ISAS = {1: "avx2", 2: "avx_vnni", 3: "avx512_vnni"}
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def unavailable_reason() -> str | None:
     """Say in one sentence why the kernel cannot run here; None when it can."""
-    if not LIBRARY.exists():
-        return "the int4 kernel was not built: install a C++ compiler (g++) and reinstall ipex-vllm from source"
-    try:
-        detected = _library().w4a8_isa()
-    except OSError as error:
-        return f"the int4 kernel does not load, reinstall ipex-vllm from source: {error}"
-    return None if detected in ISAS else "the int4 kernel needs a CPU with AVX2, FMA and F16C"
+    if reason := native.unavailable_reason():
+        return reason
+    has_isa = native.library().w4a8_isa() in ISAS
+    return None if has_isa else "the int4 kernel needs a CPU with AVX2, FMA and F16C"
 
 
 def isa() -> str:
@@ -143,35 +136,12 @@ def linear_with_isa(
     x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, group_size: int, symmetric: bool, isa: int
 ) -> Tensor:
     """`linear`, computed with one instruction set of `ISAS`, which this CPU must have."""
-    *batch, in_features = x.shape
-    if x.dtype not in DTYPES or (bias is not None and bias.dtype not in (x.dtype, torch.float32)):
-        raise ValueError(f"int4 linear takes float32, float16 or bfloat16, and a bias of that dtype, not {x.dtype}")
     if group_size not in GROUP_SIZES or packed.numel() != packed_bytes(
-        out_features, in_features, group_size, symmetric
+        out_features, x.shape[-1], group_size, symmetric
     ):
-        raise ValueError(f"int4 weights of {packed.numel()} bytes are not [{out_features}, {in_features}]")
-    if bias is not None and bias.numel() != out_features:
-        raise ValueError(f"int4 linear has {out_features} outputs but a bias of {bias.numel()}")
-    x = x.contiguous()
-    out = torch.empty((*batch, out_features), dtype=x.dtype)
-    status = _library().w4a8_linear(
-        x.data_ptr(),
-        packed.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        math.prod(batch),
-        out_features,
-        in_features,
-        group_size,
-        symmetric,
-        DTYPES[x.dtype],
-        0 if bias is None else DTYPES[bias.dtype],
-        isa,
-        torch.get_num_threads(),
-    )
-    if status:
-        raise MemoryError(f"no memory for {math.prod(batch)} rows of {in_features} int8 activations")
-    return out
+        raise ValueError(f"int4 weights of {packed.numel()} bytes are not [{out_features}, {x.shape[-1]}]")
+    function = native.library().w4a8_linear
+    return native.linear(function, x, packed, bias, out_features, group_size, symmetric, isa=isa)
 
 
 def _linear(
@@ -187,20 +157,10 @@ def _linear_shape(
 
 
 @cache
-def _library() -> ctypes.CDLL:
-    # The library names no OpenMP runtime of its own: its symbols resolve to the one torch has brought into the
-    # process (or the one preloaded before it), so that there is one pool of threads.
-    library = ctypes.CDLL(str(LIBRARY))
-    pointer, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    library.w4a8_linear.argtypes = [pointer] * 4 + [size] * 4 + [flag] * 5
-    return library
-
-
-@cache
 def _detected_isa() -> int:
     if reason := unavailable_reason():
         raise RuntimeError(reason)
-    return int(_library().w4a8_isa())
+    return int(native.library().w4a8_isa())
 
 
 # Registered at this level rather than with torch.library.custom_op, whose wrapper costs as much as a small layer.

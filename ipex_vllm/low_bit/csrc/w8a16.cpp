@@ -1,0 +1,57 @@
+#include "w8a16.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+
+using namespace w8a16;
+
+namespace {
+
+struct Free {
+    void operator()(void *p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<char, Free>;
+
+const Kernel &kernel(Isa isa) {
+    return isa == kAvx512Bf16 ? kAvx512Bf16Kernel : isa == kAvx512 ? kAvx512Kernel : kAvx2Kernel;
+}
+
+} // namespace
+
+int32_t w8a16_isa(int32_t dtype) {
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+        return dtype == w4a8::kBFloat16 && __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
+        return kNone;
+    return kAvx2;
+}
+
+int32_t w8a16_linear(const void *x, const void *packed, const void *bias, void *out, int64_t rows, int64_t outputs,
+                     int64_t inputs, int32_t format, int32_t dtype, int32_t bias_dtype, int32_t isa, int32_t threads) {
+    const Kernel &k = kernel(Isa(isa));
+    const Weights weights{static_cast<const uint8_t *>(packed), outputs, inputs, Format(format)};
+    const Output output{out, DType(dtype), bias, DType(bias_dtype)};
+
+    const int64_t stride = (inputs + 15) / 16 * 16 + kRowPadding;
+    // A multiple of 64 bytes: aligned_alloc wants one.
+    const Buffer buffer(static_cast<char *>(std::aligned_alloc(64, (rows * stride * k.value_bytes + 63) / 64 * 64)));
+    if (!buffer) return -1;
+    const Activations activations{buffer.get(), stride};
+
+    const int64_t row_tasks = (rows + kMaxTaskRows - 1) / kMaxTaskRows;
+    const int64_t tasks = row_tasks * weights.tiles();
+    // As in w4a8.cpp: guided, and what a thread takes is contiguous.
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; ++row) k.convert(x, output.dtype, weights, activations, row);
+#pragma omp for schedule(guided) nowait
+        for (int64_t task = 0; task < tasks; ++task) {
+            const int64_t begin = task / weights.tiles() * kMaxTaskRows;
+            k.multiply(weights, activations, output, task % weights.tiles(), begin,
+                       std::min(rows, begin + kMaxTaskRows));
+        }
+    }
+    return 0;
+}

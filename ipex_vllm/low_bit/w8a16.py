@@ -1,0 +1,135 @@
+"""8-bit float weights times float activations (W8A16) on x86 CPUs: packing, and the torch operator over the kernel."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ipex_vllm.low_bit import native
+
+TILE_OUTPUTS = 32
+SCALES_BYTES = 4 * TILE_OUTPUTS
+
+ISAS = {1: "avx2", 2: "avx512", 3: "avx512_bf16"}
+# What the kernel calls a weight's dtype, and what it multiplies a number by when it reads it as a float16.
+WEIGHT_DTYPES = {torch.float8_e4m3fn: 0, torch.float8_e5m2: 1}
+FACTORS = {torch.float8_e4m3fn: 2.0**-8, torch.float8_e5m2: 1.0}
+LARGEST_CODES = {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7B}
+
+
+def unavailable_reason() -> str | None:
+    """Say in one sentence why the kernel cannot run here; None when it can."""
+    if reason := native.unavailable_reason():
+        return reason
+    has_isa = native.library().w8a16_isa(native.DTYPES[torch.float32]) in ISAS
+    return None if has_isa else "the fp8 kernel needs a CPU with AVX2, FMA and F16C"
+
+
+def isa(dtype: torch.dtype) -> str:
+    """The instruction set the kernel uses on this CPU for activations of `dtype`: one of `ISAS`.
+
+    Raises:
+        RuntimeError: the kernel cannot run here.
+    """
+    return ISAS[_detected_isa(dtype)]
+
+
+def pack(codes: Tensor, scales: Tensor) -> Tensor:
+    """Put 8-bit float weights into the kernel's layout, one contiguous tensor that can be a parameter.
+
+    Args:
+        codes: float8_e4m3fn or float8_e5m2 [N, K].
+        scales: float32 [N, 1]; a weight is `scale * code`.
+
+    Returns:
+        uint8 [packed bytes], for `linear`.
+
+    Raises:
+        ValueError: the shapes do not fit each other, a code is infinite or not a number, or a scale is not finite (or,
+            for float8_e4m3fn, beyond 2^119).
+    """
+    outputs, inputs = codes.shape
+    if scales.shape != (outputs, 1):
+        raise ValueError(f"8-bit float weights {tuple(codes.shape)} need a scale per output, not {tuple(scales.shape)}")
+    numbers = codes.view(torch.uint8)
+    if (numbers & 0x7F).amax() > LARGEST_CODES[codes.dtype]:
+        raise ValueError("a weight is infinite or not a number")
+    scales = scales / FACTORS[codes.dtype]
+    if not scales.isfinite().all():
+        raise ValueError("a scale is too large, or not finite")
+    tiles = -(-outputs // TILE_OUTPUTS)
+    padding = tiles * TILE_OUTPUTS - outputs
+    # [tile, half, lane, line, input] -> [tile, line, lane, input, half]
+    lines = torch.nn.functional.pad(numbers, (0, inputs % 2, 0, padding)).view(tiles, 2, 16, -1, 2)
+    lines = lines.permute(0, 3, 2, 4, 1).reshape(tiles, -1)
+    tile_scales = torch.nn.functional.pad(scales.flatten(), (0, padding)).view(tiles, TILE_OUTPUTS)
+    return torch.cat([tile_scales.view(torch.uint8), lines], dim=1).flatten()
+
+
+@cache
+def packed_bytes(out_features: int, in_features: int) -> int:
+    """The size of `pack`'s result in bytes."""
+    tiles, lines = -(-out_features // TILE_OUTPUTS), -(-in_features // 2)
+    return tiles * (SCALES_BYTES + lines * 2 * TILE_OUTPUTS)
+
+
+def linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, weight_dtype: torch.dtype) -> Tensor:
+    """`x @ weight.T + bias` with the weights of `pack`, through the torch operator `ipex_vllm::w8a16_linear`.
+
+    Products are summed in float32. A row's result does not depend on the other rows or the number of threads. It does
+    on the instruction set: "avx512_bf16" adds the products of two inputs at a time, and takes activations and sums
+    below 2^-126 for zero; the other two give the same bits.
+
+    Args:
+        x: float32, float16 or bfloat16 [..., K].
+        packed: uint8, from `pack`.
+        bias: float32 or x's dtype [N], or None.
+        weight_dtype: that of the codes.
+
+    Returns:
+        [..., N] of x's dtype.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+        RuntimeError: the kernel cannot run here.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.ipex_vllm.w8a16_linear.default(x, packed, bias, out_features, weight_dtype)  # type: ignore[no-any-return]
+    # As in w4a8.py: the dispatcher costs a part of a small layer.
+    return _linear(x, packed, bias, out_features, weight_dtype)
+
+
+def linear_with_isa(
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, weight_dtype: torch.dtype, isa: int
+) -> Tensor:
+    """`linear`, computed with one instruction set of `ISAS`, which this CPU must have."""
+    if packed.numel() != packed_bytes(out_features, x.shape[-1]):
+        raise ValueError(f"8-bit float weights of {packed.numel()} bytes are not [{out_features}, {x.shape[-1]}]")
+    function = native.library().w8a16_linear
+    return native.linear(function, x, packed, bias, out_features, WEIGHT_DTYPES[weight_dtype], isa=isa)
+
+
+def _linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, weight_dtype: torch.dtype) -> Tensor:
+    return linear_with_isa(x, packed, bias, out_features, weight_dtype, _detected_isa(x.dtype))
+
+
+def _linear_shape(
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, weight_dtype: torch.dtype
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@cache
+def _detected_isa(dtype: torch.dtype) -> int:
+    if reason := unavailable_reason():
+        raise RuntimeError(reason)
+    return int(native.library().w8a16_isa(native.DTYPES.get(dtype, 0)))
+
+
+# Registered at this level rather than with torch.library.custom_op, as in w4a8.py.
+torch.library.define(
+    "ipex_vllm::w8a16_linear",
+    "(Tensor x, Tensor packed, Tensor? bias, SymInt out_features, ScalarType weight_dtype) -> Tensor",
+)
+torch.library.impl("ipex_vllm::w8a16_linear", "CPU", _linear)
+torch.library.register_fake("ipex_vllm::w8a16_linear", _linear_shape)

@@ -1,0 +1,94 @@
+"""The C++ library: it builds or says what is missing, uses torch's threads, and stays within its buffers."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ipex_vllm.low_bit import native, w4a8, w8a16
+
+ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "ipex_vllm/low_bit/csrc"
+CPU_FLAGS = Path("/proc/cpuinfo").read_text().split()
+
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl"]
+# AVX-512 has AVX-VNNI's one instruction in another encoding: such a CPU runs that kernel's source, too.
+OTHER_ENCODING = ["-mavx512vl", "-mavx512vnni", "-D_mm256_dpbusd_avx_epi32=_mm256_dpbusd_epi32"]
+AVX_VNNI = [*AVX2, *(OTHER_ENCODING if "avx512_vnni" in CPU_FLAGS else ["-mavxvnni"])]
+SOURCES = {
+    "w4a8": {"avx2": AVX2, "avx_vnni": AVX_VNNI, "avx512_vnni": [*AVX512, "-mavx512vnni"]},
+    "w8a16": {"w8a16_avx2": AVX2, "w8a16_avx512": AVX512, "w8a16_avx512_bf16": [*AVX512, "-mavx512bf16"]},
+}
+# What a CPU has to name for each kernel's instruction sets; the sources of AVX-VNNI run on two kinds.
+ISA_FLAGS = {
+    "w4a8": [{"avx2"}, {"avx_vnni", "avx512_vnni"}, {"avx512_vnni"}],
+    "w8a16": [{"avx2"}, {"avx512bw"}, {"avx512_bf16"}],
+}
+
+THREAD_COUNT = """
+import os, torch
+from ipex_vllm.low_bit import w4a8, w8a16
+torch.set_num_threads(3)
+torch.randn(512, 512) @ torch.randn(512, 512)
+torch.randn(1 << 22).exp()
+before = len(os.listdir("/proc/self/task"))
+packed = w4a8.pack(torch.zeros(1024, 512, dtype=torch.uint8), torch.ones(1024, 16), None)
+w4a8.linear(torch.randn(64, 512), packed, None, 1024, 32, True)
+codes = torch.zeros(1024, 512).to(torch.float8_e4m3fn)
+w8a16.linear(torch.randn(64, 512), w8a16.pack(codes, torch.ones(1024, 1)), None, 1024, codes.dtype)
+print(before, len(os.listdir("/proc/self/task")))
+"""
+
+
+@pytest.mark.parametrize("preload", [None, "libiomp5.so"])
+def test_the_kernels_run_on_the_threads_that_torch_has(preload):
+    env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    if preload:
+        env["LD_PRELOAD"] = str(Path(sys.prefix, "lib", preload))
+    done = subprocess.run([sys.executable, "-c", THREAD_COUNT], env=env, capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before == after >= 3
+
+
+@pytest.mark.parametrize("kernel", [w4a8, w8a16])
+def test_without_the_library_the_reason_says_what_to_do(kernel, monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "libkernels.so")
+    assert "install a C++ compiler" in kernel.unavailable_reason()
+
+
+@pytest.mark.parametrize("kernel", [w4a8, w8a16])
+def test_a_library_that_does_not_load_is_a_reason(kernel, monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "libkernels.so")
+    native.LIBRARY.write_bytes(b"not a library")
+    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+    assert "do not load, reinstall ipex-vllm from source" in kernel.unavailable_reason()
+
+
+def test_without_a_compiler_the_package_still_builds(tmp_path):
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
+    env = os.environ | {"CC": "false", "CXX": "false"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.parametrize("kernel", [*SOURCES])
+def test_no_access_past_a_buffer_and_no_undefined_behaviour(kernel, tmp_path):
+    driver = tmp_path / "driver"
+    sanitize = ["-std=c++17", "-O1", "-g", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    sources = {ROOT / f"tests/{kernel}_driver.cpp": [], CSRC / f"{kernel}.cpp": []}
+    sources |= {CSRC / f"{name}.cpp": flags for name, flags in SOURCES[kernel].items()}
+    objects = []
+    for source, flags in sources.items():
+        objects.append(str(tmp_path / f"{source.stem}.o"))
+        subprocess.run(["g++", *sanitize, *flags, f"-I{CSRC}", "-c", str(source), "-o", objects[-1]], check=True)
+    subprocess.run(["g++", *sanitize, *objects, "-o", str(driver)], check=True)
+    # Leaks are not looked for: OpenMP keeps its threads until the process ends.
+    env = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run([str(driver)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    isas = sum(not flags.isdisjoint(CPU_FLAGS) for flags in ISA_FLAGS[kernel])
+    assert f"{isas} instruction sets" in done.stdout
