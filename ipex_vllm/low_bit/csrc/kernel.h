@@ -61,7 +61,8 @@ void accumulate(const uint8_t *block, const Activations &a, int64_t row, int64_t
             for (int i = line; i < line + lines_per_step; ++i) {
                 const I nibbles = V::load_bytes(codes + i * kLineBytes);
                 const I low = V::low_nibbles(nibbles), high = V::high_nibbles(nibbles);
-                ahead.fetch();
+                // One row leaves so little to compute that the hardware's own prefetcher keeps up, and better alone.
+                if constexpr (R > 1) ahead.fetch();
 #pragma GCC unroll 8
                 for (int r = 0; r < R; ++r) {
                     const I quad = V::broadcast(x + r * a.stride + 4 * i);
