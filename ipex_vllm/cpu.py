@@ -134,6 +134,15 @@ class ModelFacts:
             max_position=config.get("max_position_embeddings"),
         )
 
+    def share_of(self, num_hosts: int) -> ModelFacts:
+        """What one of the hosts holds, when they divide the model among them."""
+        return replace(
+            self,
+            weight_bytes=self.weight_bytes and self.weight_bytes // num_hosts,
+            embedding_bytes=self.embedding_bytes // num_hosts,
+            kv_bytes_per_token=self.kv_bytes_per_token and self.kv_bytes_per_token // num_hosts,
+        )
+
     def loaded_bytes(self, low_bit: str | None) -> int | None:
         """Memory that the weights take. Raises EngineError for an unknown format."""
         try:
@@ -209,7 +218,7 @@ def make_plan(
 ) -> Plan:
     """Choose the settings. Raises EngineError, with the figures, when the model does not fit in the free memory.
 
-    `num_ranks` are the processes of tensor and pipeline parallelism together, `num_stages` those of the pipeline.
+    `num_ranks` are this machine's processes of tensor and pipeline parallelism, `num_stages` is the pipeline's length.
     """
     rank_cores, cores_reason = _choose_cores(machine, options.cores, num_ranks)
     kv_cache_bytes, kv_reason = _choose_kv_cache(machine, options, model, rank_cores, max_model_len)

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from ipex_vllm import xpu
 from ipex_vllm.cpu import Plan
@@ -71,8 +71,11 @@ class VllmEngine(Engine):
             xpu.apply_plan(args, options, plan)
         else:
             apply_plan(args, plan)
+        engine_args = AsyncEngineArgs.from_cli_args(args)
         try:
-            return cls(AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args)))
+            if args.node_rank > 0:
+                follow(engine_args)
+            return cls(AsyncLLM.from_engine_args(engine_args))
         except Exception as error:
             logger.debug("vLLM could not start", exc_info=True)
             raise EngineError(f"vLLM could not start: {root_cause(error)}") from error
@@ -191,6 +194,16 @@ class VllmEngine(Engine):
         logger.error("Generation failed: %s", root_cause(error))
         reason = "The engine has died and the worker is restarting." if self._llm.errored else root_cause(error)
         return InternalError(f"{reason} Send the request again later.")
+
+
+def follow(engine_args: Any) -> NoReturn:
+    """Compute for the worker with --node-rank 0, which has clients and scheduler, until a signal or a process' end."""
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+    executor = MultiprocExecutor(engine_args.create_engine_config(headless=True), monitor_workers=False)
+    logger.info("ready: host %d of %d, for %s", engine_args.node_rank, engine_args.nnodes, engine_args.master_addr)
+    executor.start_worker_monitor(inline=True)
+    raise EngineError("a process of this host has ended; its own log lines above say why")
 
 
 DEVICE_HELP = {

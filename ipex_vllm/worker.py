@@ -98,12 +98,13 @@ def prepare(
     options: WorkerOptions = from_namespace(WorkerOptions, args)
     if options.conv_template is not None:
         check_template_name(options.conv_template)
-    facts = cpu.ModelFacts.read(options.model_path)
+    num_hosts = getattr(args, "nnodes", 1)
+    facts = cpu.ModelFacts.read(options.model_path).share_of(num_hosts)
     if options.device == "cpu" and getattr(args, "dtype", "auto") == "auto":
         options, line = cpu.choose_weights(machine, options, facts)
         logger.info("%s", line)
     num_stages = getattr(args, "pipeline_parallel_size", 1)
-    num_ranks = getattr(args, "tensor_parallel_size", 1) * num_stages
+    num_ranks = max(1, getattr(args, "tensor_parallel_size", 1) * num_stages // num_hosts)
     max_model_len = getattr(args, "max_model_len", None)
     if options.device == "xpu":
         plan: cpu.Plan = xpu.make_plan(xpu.probe(), machine, options, facts, num_ranks, max_model_len)

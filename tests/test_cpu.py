@@ -562,6 +562,16 @@ def test_an_unusual_model_is_no_error(tmp_path, config):
     assert ModelFacts.read(write_model(tmp_path, config)).kv_bytes_per_token is None
 
 
+def test_each_of_several_hosts_needs_memory_for_its_share_alone(small_box):
+    """A model that fits no host alone."""
+    machine = replace(small_box.probe(), memory_available=8 * GIB)
+    model = replace(MODEL_8B, weight_bytes=10 * GIB)
+    with pytest.raises(EngineError, match="too little memory"):
+        make_plan(machine, WorkerOptions(), model)
+    assert make_plan(machine, WorkerOptions(), model.share_of(2)).kv_cache_bytes > 0
+    assert ModelFacts().share_of(2) == ModelFacts()
+
+
 def test_a_model_that_is_not_here_is_unknown(tmp_path):
     assert ModelFacts.read("someone/model") == ModelFacts()
     (tmp_path / "config.json").write_text("{")

@@ -1,11 +1,14 @@
 """One model over two processes of this machine, as over two sockets of a larger one."""
 
+import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.processes import Server, worker
-from tests.support import generate
+from tests.processes import Program, Server, worker
+from tests.support import free_port, generate
 
 QUESTIONS = ("What does itertools.chain do?", "What is a deque?", "What does os.makedirs do?", "And json.dumps?")
 # In float32: in bf16, the order in which the ranks' sums are added decides between nearly equal logits.
@@ -33,3 +36,18 @@ def test_two_processes_say_what_one_says(tmp_path: Path, alone: list[str], paral
         assert len(ranks) == 2
         assert greedy(running) == alone
         assert running.stop() == 0
+
+
+def test_two_hosts_say_what_one_says(tmp_path: Path, alone: list[str]) -> None:
+    """As far as two workers on one machine can stand for them, each with a core."""
+    hosts = ("--tensor-parallel-size", "2", "--nnodes", "2", "--master-addr", "127.0.0.1")
+    shared = (*MODEL, *hosts, "--master-port", str(free_port()), "--kv-cache-gib", "0.25", "--no-compile")
+    cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
+    second = (*shared, "--node-rank", "1", "--cores", cores[-1], "--port", str(free_port()))
+    with Program(tmp_path / "second", sys.executable, "-m", "ipex_vllm.worker", *second) as follower:
+        with worker(tmp_path / "first", *shared, "--cores", cores[0]) as running:
+            assert greedy(running) == alone
+            for program in (follower, running):
+                assert sum("VLLM::Worker" in " ".join(process.cmdline()) for process in program.tree()) == 1
+            assert running.stop() == 0
+        assert follower.stop() == 128 + signal.SIGTERM
