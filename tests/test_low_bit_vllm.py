@@ -82,7 +82,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             nn.init.normal_(projection.bias, std=0.3)
     llama.bfloat16().save_pretrained(folder / "llama")
     qwen.bfloat16().save_pretrained(folder / "qwen")
-    for name in ("sym_int4", "sym_int8"):
+    for name in ("sym_int4", "sym_int8", "fp8_e4m3"):
         save(str(folder / "llama"), FORMATS[name], folder / name)
     return {path.name: path for path in folder.iterdir()}
 
@@ -92,6 +92,7 @@ def results(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     """Upstream vLLM with this package installed beside it."""
     llama, qwen = {"model": str(models["llama"])}, {"model": str(models["qwen"])}
     int4, int8 = {"quantization": "ipex_sym_int4"}, {"quantization": "ipex_sym_int8"}
+    fp8 = {"quantization": "ipex_fp8_e4m3"}
     saved_int4, saved_int8 = {"model": str(models["sym_int4"])}, {"model": str(models["sym_int8"])}
     two_ranks = {"tensor_parallel_size": 2}
     arguments = {
@@ -105,6 +106,10 @@ def results(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         "sym_int8 float32": {**llama, **int8, "dtype": "float32"},
         "sym_int8 compiled": {**llama, **int8, "enforce_eager": False},
         "sym_int8 saved": {**saved_int8, **int8},
+        "sym_int8 saved, two ranks": {**saved_int8, **two_ranks},
+        "fp8_e4m3": {**llama, **fp8},
+        "fp8_e4m3 compiled": {**llama, **fp8, "enforce_eager": False},
+        "fp8_e4m3 saved": {"model": str(models["fp8_e4m3"])},
         "qwen asym_int4": {**qwen, "quantization": "ipex_asym_int4"},
         "qwen sym_int4, two ranks": {**qwen, **int4, **two_ranks},
         "nf4": {**llama, "quantization": "ipex_nf4", "dtype": "float32"},
@@ -147,19 +152,29 @@ def test_four_bits(run: str, models: dict[str, Path], results: dict[str, Result]
     assert "Loading sym_int4: 100%" in results[run].log  # the progress bar
 
 
-@pytest.mark.parametrize("run", ["sym_int8", "sym_int8 float32", "sym_int8 compiled", "sym_int8 saved"])
+@pytest.mark.parametrize(
+    "run", ["sym_int8", "sym_int8 float32", "sym_int8 compiled", "sym_int8 saved", "sym_int8 saved, two ranks"]
+)
 def test_eight_bits(run: str, models: dict[str, Path], results: dict[str, Result]) -> None:
     expected = reference(models["llama"], quantized_to("sym_int8"))
     assert (results[run].logprobs - expected).abs().mean() < 0.06
     assert f"sym_int8: {LINEARS} layers use the kernel onednn-w8a8" in results[run].log
 
 
-@pytest.mark.parametrize("name", ["sym_int4", "sym_int8"])
+@pytest.mark.parametrize("run", ["fp8_e4m3", "fp8_e4m3 compiled", "fp8_e4m3 saved"])
+def test_eight_bit_floats(run: str, models: dict[str, Path], results: dict[str, Result]) -> None:
+    expected = reference(models["llama"], quantized_to("fp8_e4m3"))
+    # The activations are not rounded to 8 bits.
+    assert (results[run].logprobs - expected).abs().mean() < 0.02
+    assert f"fp8_e4m3: {LINEARS} layers use the kernel w8a16" in results[run].log
+
+
+@pytest.mark.parametrize("name", ["sym_int4", "sym_int8", "fp8_e4m3"])
 def test_reopening_what_was_saved_changes_no_bit(name: str, results: dict[str, Result]) -> None:
     assert torch.equal(results[f"{name} saved"].logprobs, results[name].logprobs)
 
 
-@pytest.mark.parametrize("name", ["sym_int4", "sym_int8"])
+@pytest.mark.parametrize("name", ["sym_int4", "sym_int8", "fp8_e4m3"])
 def test_the_compiled_model_is_one_graph_and_agrees_with_the_eager_one(name: str, results: dict[str, Result]) -> None:
     compiled = results[f"{name} compiled"]
     # vLLM compiles ahead of time, which takes a whole graph and fails where it would break.
@@ -210,10 +225,12 @@ def test_a_slow_format_is_served_and_says_what_it_costs(models: dict[str, Path],
 
 
 def test_a_vllm_without_this_package_opens_what_was_saved(models: dict[str, Path], tmp_path: Path) -> None:
-    arguments: dict[str, dict[str, object]] = {name: {"model": str(models[name])} for name in ("sym_int4", "sym_int8")}
+    # Its fp8 matmul rounds the activations too, to 8-bit floats with 3 bits of mantissa.
+    allowed = {"sym_int4": 0.06, "sym_int8": 0.06, "fp8_e4m3": 0.12}
+    arguments: dict[str, dict[str, object]] = {name: {"model": str(models[name])} for name in allowed}
     for name, run in run_vllm(arguments, tmp_path, VLLM_PLUGINS="").items():
         expected = reference(models["llama"], quantized_to(name))
-        assert (run.logprobs - expected).abs().mean() < 0.06
+        assert (run.logprobs - expected).abs().mean() < allowed[name]
         assert "quantization=compressed-tensors" in run.log
 
 

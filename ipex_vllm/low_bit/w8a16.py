@@ -59,9 +59,10 @@ def pack(codes: Tensor, scales: Tensor) -> Tensor:
         raise ValueError("a scale is too large, or not finite")
     tiles = -(-outputs // TILE_OUTPUTS)
     padding = tiles * TILE_OUTPUTS - outputs
-    # [tile, half, lane, line, input] -> [tile, line, lane, input, half]
-    lines = torch.nn.functional.pad(numbers, (0, inputs % 2, 0, padding)).view(tiles, 2, 16, -1, 2)
-    lines = lines.permute(0, 3, 2, 4, 1).reshape(tiles, -1)
+    halves = torch.nn.functional.pad(numbers, (0, inputs % 2, 0, padding)).reshape(tiles, 2, 16, -1)
+    words = halves[:, 0].short() | halves[:, 1].short() << 8
+    # Two inputs of two outputs, 4 bytes: [tile, lane, line] -> [tile, line, lane]
+    lines = words.view(torch.int32).transpose(1, 2).contiguous().view(torch.uint8).view(tiles, -1)
     tile_scales = torch.nn.functional.pad(scales.flatten(), (0, padding)).view(tiles, TILE_OUTPUTS)
     return torch.cat([tile_scales.view(torch.uint8), lines], dim=1).flatten()
 
