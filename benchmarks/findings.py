@@ -206,3 +206,9 @@ def _write_plots(out: Path, result: Mapping[str, Any]) -> None:
             plots.ratios(entries, noise, result["spec"]["baseline"], f"{metric}, {name}:", out / f"ratios-{name}")
     if throughput:
         plots.throughput_bars(throughput, bounds, out / "throughput")
+    streams = {name: spec["arrivals"].partition("closed:")[2] for name, spec in result["spec"]["workloads"].items()}
+    if len(streams) > 1 and all(number.isdecimal() for number in streams.values()):
+        ordered = sorted(streams, key=lambda name: int(streams[name]))
+        lines = {system: [values.get(name) for name in ordered] for system, values in throughput.items()}
+        numbers = [int(streams[name]) for name in ordered]
+        plots.throughput_by_streams(numbers, lines, result["title"], out / "throughput-by-streams")

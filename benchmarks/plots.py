@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from benchmarks.metrics import Timeline, tpot, ttft
 
@@ -74,6 +76,24 @@ def throughput_against_load(
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.legend(loc="lower right")
+    _save(figure, path)
+
+
+def throughput_by_streams(
+    streams: Sequence[int], figures: Mapping[str, Sequence[float | None]], title: str, path: Path
+) -> None:
+    """Output tokens/s of each system (a line) at each number of concurrent streams."""
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for marker, (system, values) in zip(itertools.cycle("osv^Dx*"), figures.items(), strict=False):
+        axis.plot(streams, [math.nan if value is None else value for value in values], f"{marker}-", label=system)
+    axis.set(xscale="log", yscale="log", xlabel="concurrent streams", ylabel="output tokens/s", title=title)
+    axis.set_xticks(streams, list(map(str, streams)))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+    axis.tick_params(axis="y", which="minor", labelsize=8)
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, path)
 
 

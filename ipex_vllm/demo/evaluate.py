@@ -96,7 +96,7 @@ def perplexity(model: Any, tokenizer: Any, examples: Sequence[Example], batch_si
     import torch
 
     total, count = 0.0, 0
-    pairs = [_prompt_and_answer_ids(tokenizer, example) for example in examples]
+    pairs = [prompt_and_answer_ids(tokenizer, example) for example in examples]
     pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
     for batch in _batches(pairs, batch_size):
         width = max(len(prompt) + len(answer) for prompt, answer in batch)
@@ -129,7 +129,7 @@ def vllm_perplexity(llm: Any, examples: Sequence[Example]) -> float:
     from vllm import SamplingParams
 
     tokenizer = llm.get_tokenizer()
-    pairs = [_prompt_and_answer_ids(tokenizer, example) for example in examples]
+    pairs = [prompt_and_answer_ids(tokenizer, example) for example in examples]
     prompts = [{"prompt_token_ids": prompt + answer} for prompt, answer in pairs]
     outputs = llm.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
     total, count = 0.0, 0
@@ -171,7 +171,8 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def _prompt_and_answer_ids(tokenizer: Any, example: Example) -> tuple[list[int], list[int]]:
+def prompt_and_answer_ids(tokenizer: Any, example: Example) -> tuple[list[int], list[int]]:
+    """Token ids of the dialogue up to the answer, and of the right answer with its end token."""
     return _ids(tokenizer, _prompt(tokenizer, example)), _ids(tokenizer, example.answer + tokenizer.eos_token)
 
 

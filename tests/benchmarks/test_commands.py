@@ -74,7 +74,8 @@ def wait_until(is_true: Callable[[], object]) -> None:
 @pytest.mark.parametrize("resident", [True, False])
 def test_compare(model: Path, tmp_path: Path, resident: bool) -> None:
     systems = {"quick": "fastchat 0.002", "slow": "openai 0.02", "broken": "openai nonsense"}
-    spec = write_spec(tmp_path / "spec.yaml", model, systems, resident=resident)
+    workloads = {f"c{users}": {"arrivals": f"closed:{users}", "requests": 2 * users} for users in (1, 2)}
+    spec = write_spec(tmp_path / "spec.yaml", model, systems, resident=resident, workloads=workloads)
     done = bench("benchmarks.compare", spec, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
@@ -88,11 +89,12 @@ def test_compare(model: Path, tmp_path: Path, resident: bool) -> None:
     assert "ValueError" in result["failed"]["broken"]
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"result.json", "summary.md", "requests-slow-c2.csv", "ratios-c2.png", "throughput.svg"} <= written
+    assert "throughput-by-streams.svg" in written
 
     page = bench("benchmarks.report", tmp_path / "out")
     assert page.returncode == 0, page.stderr
     html = (tmp_path / "out" / "report.html").read_text()
-    assert html.count("<svg") == 2
+    assert html.count("<svg") == 4
     assert "<td>slow</td>" in html
     assert "http-equiv" not in html
     assert "src=" not in html
