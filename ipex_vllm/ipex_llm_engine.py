@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import importlib
 import importlib.util
-import json
 import logging
 import os
 import signal
@@ -25,6 +24,7 @@ from typing import Any
 
 from ipex_vllm.cpu import Plan
 from ipex_vllm.engine import EngineError, root_cause
+from ipex_vllm.older_transformers import readable_model
 from ipex_vllm.options import DTYPES, WorkerOptions
 from ipex_vllm.protocol import Delta, GenerateRequest
 from ipex_vllm.vllm_engine import HEALTH_INTERVAL_S, VllmEngine
@@ -169,54 +169,3 @@ def prepare_process(plan: Plan) -> None:
     # vLLM 0.6.6 forks its worker, which would outlive a killed parent and keep its port.
     libc = ctypes.CDLL(None)
     os.register_at_fork(after_in_child=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
-
-
-def readable_model(model_path: str, folder: Path) -> str:
-    """Return a directory below `folder` with links to a local model's files, and what Transformers 5 wrote rewritten.
-
-    The original path is repeated below `folder`, because ipex-llm tells some models by theirs. A Hugging Face name is
-    returned unchanged.
-    """
-    source = Path(model_path)
-    if not source.is_dir():
-        return model_path
-    copy = Path(folder, *source.absolute().parts[1:])
-    copy.mkdir(parents=True)
-    for file in source.iterdir():
-        (copy / file.name).symlink_to(file.absolute())
-    template = source / "chat_template.jinja"
-    for name, translate in (("config.json", older_config), ("tokenizer_config.json", older_tokenizer_config)):
-        if not (source / name).is_file():
-            continue
-        content = json.loads((source / name).read_text(encoding="utf-8"))
-        if name == "tokenizer_config.json" and template.is_file():
-            content["chat_template"] = template.read_text(encoding="utf-8")
-        (copy / name).unlink()
-        (copy / name).write_text(json.dumps(translate(content), indent=2), encoding="utf-8")
-    return str(copy)
-
-
-def older_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Turn the config.json of Transformers 5 into that of Transformers 4."""
-    config = dict(config)
-    if "dtype" in config:
-        config["torch_dtype"] = config.pop("dtype")
-    rope = config.get("rope_parameters")
-    if rope is not None and "rope_theta" in rope:  # else it has one entry for each kind of layer
-        rope = dict(config.pop("rope_parameters"))
-        for name in ("rope_theta", "partial_rotary_factor"):
-            if name in rope:
-                config[name] = rope.pop(name)
-        if rope.get("rope_type", "default") != "default":
-            config["rope_scaling"] = rope
-    return config
-
-
-def older_tokenizer_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Turn the tokenizer_config.json of Transformers 5 into that of Transformers 4."""
-    config = dict(config)
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(config.get("extra_special_tokens"), list):
-        config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    return config

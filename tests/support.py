@@ -6,15 +6,18 @@ import argparse
 import asyncio
 import contextlib
 import json
+import shutil
 import socket
 import threading
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
 import uvicorn
 
 from ipex_vllm.conversation import ChatFormat
+from ipex_vllm.demo import MODEL_DIR
 from ipex_vllm.engine import Engine
 from ipex_vllm.protocol import Delta, GenerateRequest, TokenLogprob
 from ipex_vllm.server import Slots, WorkerServer
@@ -158,3 +161,20 @@ def raw_post(url: str, path: str, body: Any) -> socket.socket:
     head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Length: {len(content)}\r\n\r\n"
     connection.sendall(head.encode() + content)
     return connection
+
+
+def as_transformers_5_writes_it(folder: Path) -> Path:
+    """The demo model with the spelling that Transformers 4 does not know."""
+    shutil.copytree(MODEL_DIR, folder, dirs_exist_ok=True)
+    config = json.loads((MODEL_DIR / "config.json").read_text())
+    config["dtype"] = config.pop("torch_dtype")
+    config["rope_parameters"] = {"rope_theta": config.pop("rope_theta"), "rope_type": "default"}
+    tokenizer_config = json.loads((MODEL_DIR / "tokenizer_config.json").read_text())
+    tokenizer_config |= {"backend": "tokenizers", "tokenizer_class": "TokenizersBackend"}
+    for name, content in (
+        ("chat_template.jinja", tokenizer_config.pop("chat_template")),
+        ("config.json", json.dumps(config)),
+        ("tokenizer_config.json", json.dumps(tokenizer_config)),
+    ):
+        (folder / name).write_text(content)
+    return folder

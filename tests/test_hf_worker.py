@@ -30,7 +30,7 @@ from ipex_vllm.options import WorkerOptions
 from ipex_vllm.protocol import GenerateRequest
 from tests.processes import Server, eventually
 from tests.support import generate, make_server, serving, stream
-from workers import hf_engine, hf_generation
+from workers import hf_engine, hf_generation, hf_ipex
 from workers.hf_engine import HfEngine, embedding_batches
 from workers.hf_generation import logits_processors
 
@@ -442,8 +442,9 @@ def test_the_thread_computes_on_the_plans_cores_only() -> None:
         ({"model": Path("/nowhere/model")}, "/nowhere/model"),
         (
             {"ipex": True},
-            "--ipex: Intel's extension for PyTorch is not installed here .*make env-ipex.*docs/engines.md",
+            "--ipex: Intel's extension for PyTorch is not installed here .*make env-ipex.*.venv-ipex/bin/python",
         ),
+        ({"ipex": True, "device": "xpu"}, "--ipex: on --device cpu only, not on xpu"),
         ({"compile": True}, "--compile: Transformers runs the model eagerly here"),
         ({"low_bit": "sym_int99"}, "--low-bit: low-bit format 'sym_int99' is unknown; use one of sym_int4"),
         ({"max_model_len": 4096}, "--max-model-len 4096: the model has a context of 2048 tokens"),
@@ -453,6 +454,12 @@ def test_what_cannot_start_says_why_in_one_line(options: dict[str, Any], says: s
     with pytest.raises(EngineError, match=says) as caught:
         start(**options)
     assert "\n" not in str(caught.value)
+
+
+def test_a_format_that_the_extension_lacks_names_those_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf_ipex, "require_ipex", lambda: None)
+    with pytest.raises(EngineError, match=r"asym_int4: with --ipex there are bf16, fp32, sym_int8, sym_int4$"):
+        start(ipex=True, low_bit="asym_int4")
 
 
 def test_low_bit_weights_answer_as_the_original_does(url: str) -> None:

@@ -11,9 +11,11 @@ import contextlib
 import functools
 import logging
 import os
+import tempfile
 import threading
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +27,7 @@ from ipex_vllm.cpu import Plan
 from ipex_vllm.engine import Engine, EngineError, root_cause
 from ipex_vllm.low_bit.formats import Format, resolve
 from ipex_vllm.low_bit.hf import quantize_model
+from ipex_vllm.older_transformers import readable_model
 from ipex_vllm.options import WorkerOptions
 from ipex_vllm.protocol import Delta, GenerateRequest, InternalError, InvalidParameter
 from ipex_vllm.tokenization import PromptEncoder
@@ -42,8 +45,11 @@ EMBEDDING_BATCH_TOKENS = 2048  # with padding
 class HfEngine(Engine):
     name = "Transformers"
 
-    def __init__(self, model: Any, tokenizer: Any, context_length: int, thread: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, context_length: int, thread: ThreadPoolExecutor, has_ipex: bool
+    ) -> None:
         self._model = model
+        self._has_ipex = has_ipex
         self._tokenizer = tokenizer
         self._context_length = context_length
         self._thread = thread
@@ -70,18 +76,20 @@ class HfEngine(Engine):
 
     @classmethod
     def _load(cls, options: WorkerOptions, args: argparse.Namespace, thread: ThreadPoolExecutor) -> HfEngine:
-        path = options.model_path
         try:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
-            context_length = choose_context_length(config, tokenizer, args.max_model_len)
-            model = load_model(options, args)
+            with tempfile.TemporaryDirectory(prefix="ipex-vllm-") as folder:
+                # The extension's environment has Transformers 4.
+                path = readable_model(options.model_path, Path(folder)) if args.ipex else options.model_path
+                config = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+                tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+                context_length = choose_context_length(config, tokenizer, args.max_model_len)
+                model = load_model(path, options, args)
         except EngineError:
             raise
         except Exception as error:  # of any kind: a checkpoint can bring its own code
             logger.debug("Transformers could not load the model", exc_info=True)
-            raise EngineError(f"Transformers could not load {path}: {root_cause(error)}") from error
-        return cls(model, tokenizer, context_length, thread)
+            raise EngineError(f"Transformers could not load {options.model_path}: {root_cause(error)}") from error
+        return cls(model, tokenizer, context_length, thread, args.ipex)
 
     @property
     def context_length(self) -> int:
@@ -109,6 +117,7 @@ class HfEngine(Engine):
                 stop_token_ids=self._stop_token_ids(request),
                 on_step=lambda deltas: loop.call_soon_threadsafe(steps.put_nowait, deltas),
                 aborted=aborted,
+                has_own_cache=self._has_ipex,
             )
             generated = loop.run_in_executor(self._thread, generation.run)
             generated.add_done_callback(lambda _: steps.put_nowait(None))
@@ -174,18 +183,16 @@ def use_cores(cores: Sequence[int]) -> None:
     torch.set_num_threads(len(cores))
 
 
-def load_model(options: WorkerOptions, args: argparse.Namespace) -> Any:
+def load_model(path: str, options: WorkerOptions, args: argparse.Namespace) -> Any:
     """Load the model in the chosen format, ready to generate on the chosen device. Raises EngineError."""
     if args.ipex:
-        return load_with_ipex(options.model_path, options.low_bit, args.trust_remote_code)
+        return load_with_ipex(path, options.low_bit, options.device, args.trust_remote_code)
     format = choose_format(options.low_bit, options.device)
     dtype: str | None = "auto"
     if format is not None:
         # Low-bit kernels take their activations in bfloat16.
         dtype = format.dtype if format.kind == "dtype" else "bfloat16"
-    model = AutoModelForCausalLM.from_pretrained(
-        options.model_path, dtype=dtype, trust_remote_code=args.trust_remote_code
-    )
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=args.trust_remote_code)
     if format is not None and format.kind != "dtype":
         quantize_model(model, format.name)
     return model.to(options.device).eval()

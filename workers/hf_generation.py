@@ -40,6 +40,7 @@ class Generation(StoppingCriteria):  # type: ignore[misc]
         stop_token_ids: tokens that end a choice and are no part of its text.
         on_step: called with each step's deltas.
         aborted: once set, `run` returns after the forward pass that it is in, or at once.
+        has_own_cache: the model takes no KV cache but the one that its `generate` makes.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Generation(StoppingCriteria):  # type: ignore[misc]
         stop_token_ids: frozenset[int],
         on_step: Callable[[list[Delta]], None],
         aborted: threading.Event,
+        has_own_cache: bool = False,
     ) -> None:
         self._model = model
         self._decode_all = decode_all
@@ -65,6 +67,7 @@ class Generation(StoppingCriteria):  # type: ignore[misc]
             Choice(index, decode, prompt, request.stop, stop_token_ids, max_new_tokens) for index in range(request.n)
         ]
         self._aborted = aborted
+        self._has_own_cache = has_own_cache
 
     @torch.inference_mode()
     def run(self) -> None:
@@ -108,29 +111,36 @@ class Generation(StoppingCriteria):  # type: ignore[misc]
         self._on_step(deltas)
         return torch.tensor([choice.finish_reason is not None for choice in self._choices], device=input_ids.device)
 
-    def _prefill(self, prompt: torch.Tensor) -> DynamicCache:
+    def _prefill(self, prompt: torch.Tensor) -> DynamicCache | None:
         """Compute the KV cache of all but the last tokens of `prompt` [1, tokens], which are left to `generate`.
 
         It computes a prompt once however many choices there are, and cannot be stopped in one. When the client wants
         the prompt's log probabilities, all but one token are computed here, with their logits.
+
+        For a model with a cache of its own there is nothing else to do here, and None to return.
         """
         wants_logprobs = self._request.echo and self._request.logprobs is not None
         num_left = 1 if wants_logprobs or self._request.n > 1 else PREFILL_CHUNK_TOKENS
-        cache = DynamicCache(config=self._model.config)
+        chunk_tokens = PREFILL_CHUNK_TOKENS
+        cache = None if self._has_own_cache else DynamicCache(config=self._model.config)
+        if cache is None:
+            num_left = 1 if wants_logprobs else prompt.shape[1]
+            chunk_tokens = prompt.shape[1]
         entries = (
             [TokenLogprob(token_text(self._decode_all, (), self._prompt[0]), None, None)] if wants_logprobs else []
         )
-        for chunk in prompt[:, :-num_left].split(PREFILL_CHUNK_TOKENS, dim=1) if prompt.shape[1] > num_left else ():
+        for chunk in prompt[:, :-num_left].split(chunk_tokens, dim=1) if prompt.shape[1] > num_left else ():
             if self._aborted.is_set():
                 break
             if wants_logprobs:
-                logits = self._model(chunk, past_key_values=cache, use_cache=True).logits[0]
-                entries += self._prompt_entries(logits, len(entries))
+                logits = self._model(chunk, past_key_values=cache, use_cache=cache is not None).logits[0]
+                for rows in logits.split(PREFILL_CHUNK_TOKENS):
+                    entries += self._prompt_entries(rows, len(entries))
             else:
                 self._model.base_model(chunk, past_key_values=cache, use_cache=True)
         for choice in self._choices:
             choice.prompt_logprobs = tuple(entries)
-        if self._request.n > 1:
+        if cache is not None and self._request.n > 1:
             cache.batch_repeat_interleave(self._request.n)
         return cache
 
@@ -235,5 +245,5 @@ class RawLogits(LogitsProcessor):  # type: ignore[misc]
     scores: torch.Tensor
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.scores = scores
-        return scores
+        self.scores = scores.float()  # as they are already, but with Intel's extension
+        return self.scores

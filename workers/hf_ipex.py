@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -9,37 +10,48 @@ from transformers import AutoModelForCausalLM
 
 from ipex_vllm.engine import EngineError
 
-LOW_BIT_FORMATS = ("bf16", "sym_int8", "sym_int4")  # the last two are weights only, in the extension's own groups
+LOW_BIT_FORMATS = ("bf16", "fp32", "sym_int8", "sym_int4")
+GROUP_SIZE = 32  # inputs that share a scale, as everywhere under these names; the extension's own default is all
 
 
 def require_ipex() -> Any:
     """The extension. Raises EngineError where it is not installed."""
+    # Otherwise it compiles its sampling at the first request, for which there has to be a C++ compiler.
+    os.environ.setdefault("DISABLE_IPEX_SAMPLE", "1")
     try:
         import intel_extension_for_pytorch as ipex
     except ImportError as error:
         raise EngineError(
             f"--ipex: Intel's extension for PyTorch is not installed here ({' '.join(str(error).split())}). It needs "
-            "PyTorch 2.8, in an environment of its own (`make env-ipex`), and does not serve yet: see docs/engines.md."
+            "PyTorch 2.8: run `make env-ipex`, then start the worker with .venv-ipex/bin/python (docs/engines.md)"
         ) from error
     return ipex
 
 
-def load_with_ipex(model_path: str, low_bit: str | None, trust_remote_code: bool) -> Any:
-    """Load in bfloat16 and optimize, with weights in the extension's own int8 or int4. Raises EngineError."""
+def load_with_ipex(model_path: str, low_bit: str | None, device: str, trust_remote_code: bool) -> Any:
+    """Load and optimize, in bfloat16 unless `low_bit` says otherwise. Raises EngineError."""
+    if device != "cpu":
+        raise EngineError(f"--ipex: on --device cpu only, not on {device}")
     ipex = require_ipex()
     if low_bit not in (None, *LOW_BIT_FORMATS):
         raise EngineError(f"--low-bit {low_bit}: with --ipex there are {', '.join(LOW_BIT_FORMATS)}")
-    quantization = None
-    if low_bit in ("sym_int8", "sym_int4"):
-        dtypes = ipex.quantization.WoqWeightDtype
-        quantization = ipex.quantization.get_weight_only_quant_qconfig_mapping(
-            weight_dtype=dtypes.INT8 if low_bit == "sym_int8" else dtypes.INT4,
-            lowp_mode=ipex.quantization.WoqLowpMode.BF16,
-        )
+    dtype = torch.float32 if low_bit == "fp32" else torch.bfloat16
+    quantization = weights_only(ipex, low_bit) if low_bit in ("sym_int8", "sym_int4") else None
     # Transformers' name for it in the releases that the extension supports.
-    model = AutoModelForCausalLM.from_pretrained(
-        model_path, torch_dtype=torch.bfloat16, trust_remote_code=trust_remote_code
-    )
-    return ipex.llm.optimize(
-        model.eval(), dtype=torch.bfloat16, quantization_config=quantization, inplace=True, deployment_mode=False
+    model = AutoModelForCausalLM.from_pretrained(model_path, torch_dtype=dtype, trust_remote_code=trust_remote_code)
+    optimized = ipex.llm.optimize(model.eval(), dtype=dtype, quantization_config=quantization, inplace=True)
+    is_quantized = any(isinstance(layer, ipex.nn.modules.WeightOnlyQuantizedLinear) for layer in optimized.modules())
+    if quantization is not None and not is_quantized:  # it has only logged that it does not
+        raise EngineError(f"--low-bit {low_bit}: the extension does not quantize a {type(model).__name__}")
+    return optimized
+
+
+def weights_only(ipex: Any, low_bit: str) -> Any:
+    """How to quantize the weights alone; activations stay in bfloat16."""
+    quantization = ipex.quantization
+    return quantization.get_weight_only_quant_qconfig_mapping(
+        weight_dtype=quantization.WoqWeightDtype.INT8 if low_bit == "sym_int8" else quantization.WoqWeightDtype.INT4,
+        lowp_mode=quantization.WoqLowpMode.BF16,
+        group_size=GROUP_SIZE,
+        weight_qscheme=quantization.WoqWeightQScheme.SYMMETRIC,
     )

@@ -2,9 +2,7 @@
 
 import functools
 import itertools
-import json
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -17,31 +15,13 @@ import psutil
 import pytest
 
 from benchmarks.make_model import make_model
-from ipex_vllm.demo import MODEL_DIR
 from ipex_vllm.ipex_llm_engine import CPU_FORMATS
 from tests.processes import Program, Server, eventually, worker
-from tests.support import generate, stream
+from tests.support import as_transformers_5_writes_it, generate, stream
 
 # One core: with more, OpenMP's threads wait for each other wherever the machine is busy with something else.
 ENGINE = ("--engine", "ipex-llm", "--no-register", "--cores", str(min(os.sched_getaffinity(0))))
 PROMPT = "<|im_start|>user\nWhat does itertools.chain do?<|im_end|>\n<|im_start|>assistant\n"
-
-
-def as_transformers_5_writes_it(folder: Path) -> Path:
-    """The demo model with the spelling that Transformers 4 does not know."""
-    shutil.copytree(MODEL_DIR, folder, dirs_exist_ok=True)
-    config = json.loads((MODEL_DIR / "config.json").read_text())
-    config["dtype"] = config.pop("torch_dtype")
-    config["rope_parameters"] = {"rope_theta": config.pop("rope_theta"), "rope_type": "default"}
-    tokenizer_config = json.loads((MODEL_DIR / "tokenizer_config.json").read_text())
-    tokenizer_config |= {"backend": "tokenizers", "tokenizer_class": "TokenizersBackend"}
-    for name, content in (
-        ("chat_template.jinja", tokenizer_config.pop("chat_template")),
-        ("config.json", json.dumps(config)),
-        ("tokenizer_config.json", json.dumps(tokenizer_config)),
-    ):
-        (folder / name).write_text(content)
-    return folder
 
 
 @pytest.fixture(scope="module")
