@@ -1,16 +1,14 @@
 // Compiled with AVX-512 F, BW, VL and VNNI.
-#include <immintrin.h>
-
 #include "kernel.h"
+#include "vector512.h"
 
 namespace w4a8 {
 namespace {
 
-struct Avx512Vnni {
+struct Avx512Vnni : Floats512 {
     using I = __m512i;
-    using F = __m512;
     using Dot = __m512i;
-    static constexpr int lanes = 16, bytes = 64, slices = 1;
+    static constexpr int bytes = 64, slices = 1;
     static constexpr int max_rows = 7; // 14 int32 and 14 float32 accumulators, two codes, one activation: 31 of 32
     static constexpr int high_factor = 16; // a high nibble is multiplied where it stands, which saves a shift
 
@@ -27,28 +25,9 @@ struct Avx512Vnni {
     static Dot dot(Dot sum, I codes, I quad) { return _mm512_dpbusd_epi32(sum, codes, quad); }
     static I end(I, Dot sum) { return sum; }
 
-    static F load_float(const void *p) { return _mm512_loadu_ps(p); }
-    static F load_half(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i *>(p))); }
-    static F load_bfloat16(const void *p) {
-        const I words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i *>(p)));
-        return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
-    }
-    static void store_float(void *p, F v) { _mm512_storeu_ps(p, v); }
-    static void store_half(void *p, F v) {
-        _mm256_storeu_si256(static_cast<__m256i *>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-    }
-    static void store_bfloat16(void *p, F v) {
-        const I bits = _mm512_castps_si512(v);
-        const I odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-        I rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-        const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-        rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
-        _mm256_storeu_si256(static_cast<__m256i *>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
-    }
     static F broadcast_float(const void *p) { return _mm512_castsi512_ps(broadcast(p)); }
     static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
     static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
-    static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 
     static I max_magnitude(I largest, F v) {
         return _mm512_max_epi32(largest, _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)));

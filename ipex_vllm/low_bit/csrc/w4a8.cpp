@@ -1,17 +1,12 @@
 #include "w4a8.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
+
+#include "buffer.h"
 
 using namespace w4a8;
 
 namespace {
-
-struct Free {
-    void operator()(void *p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<char, Free>;
 
 int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -40,8 +35,7 @@ int32_t w4a8_linear(const void *x, const void *packed, const void *bias, void *o
 
     const int64_t stride = inputs + kRowPadding;
     const int64_t codes_bytes = aligned(rows * stride), scales_bytes = aligned(rows * 4);
-    const Buffer buffer(static_cast<char *>(
-        std::aligned_alloc(64, codes_bytes + scales_bytes + aligned(rows * weights.groups() * kSumsBytes))));
+    const Buffer buffer = allocate(codes_bytes + scales_bytes + rows * weights.groups() * kSumsBytes);
     if (!buffer) return -1;
     const Activations activations{reinterpret_cast<int8_t *>(buffer.get()),
                                   reinterpret_cast<float *>(buffer.get() + codes_bytes),

@@ -1,17 +1,12 @@
 #include "w8a16.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
+
+#include "buffer.h"
 
 using namespace w8a16;
 
 namespace {
-
-struct Free {
-    void operator()(void *p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<char, Free>;
 
 const Kernel &kernel(Isa isa) {
     return isa == kAvx512Bf16 ? kAvx512Bf16Kernel : isa == kAvx512 ? kAvx512Kernel : kAvx2Kernel;
@@ -34,8 +29,7 @@ int32_t w8a16_linear(const void *x, const void *packed, const void *bias, void *
     const Output output{out, DType(dtype), bias, DType(bias_dtype)};
 
     const int64_t stride = (inputs + 15) / 16 * 16 + kRowPadding;
-    // A multiple of 64 bytes: aligned_alloc wants one.
-    const Buffer buffer(static_cast<char *>(std::aligned_alloc(64, (rows * stride * k.value_bytes + 63) / 64 * 64)));
+    const Buffer buffer = allocate(rows * stride * k.value_bytes);
     if (!buffer) return -1;
     const Activations activations{buffer.get(), stride};
 

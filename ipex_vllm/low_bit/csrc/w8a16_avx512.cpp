@@ -1,10 +1,10 @@
 // Compiled with AVX-512 F, BW and VL.
-#include "vector512.h"
+#include "w8a16_decode512.h"
 
 namespace w8a16 {
 namespace {
 
-struct Avx512 : Floats512 {
+struct Avx512 : Decode512 {
     using Value = float;
     using Numbers = F;
     static constexpr int slices = 1, vectors = 4, parts = 2;

@@ -1,10 +1,10 @@
 // Compiled with AVX-512 F, BW, VL and BF16.
-#include "vector512.h"
+#include "w8a16_decode512.h"
 
 namespace w8a16 {
 namespace {
 
-struct Avx512Bf16 : Floats512 {
+struct Avx512Bf16 : Decode512 {
     using Value = uint16_t;
     using Numbers = __m512bh;
     static constexpr int slices = 1, vectors = 2, parts = 1;
