@@ -26,6 +26,7 @@ SOURCES = {
     CSRC / "w8a16_avx2.cpp": AVX2,
     CSRC / "w8a16_avx512.cpp": AVX512,
     CSRC / "w8a16_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+    CSRC / "torch_ops.cpp": ["-fexceptions", "-frtti"],
 }
 
 

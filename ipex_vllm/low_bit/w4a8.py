@@ -3,8 +3,6 @@
 How the kernel works, and the packed layout drawn, is in `docs/kernels.md`.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -31,7 +29,9 @@ def isa() -> str:
     Raises:
         RuntimeError: the kernel cannot run here.
     """
-    return ISAS[_detected_isa()]
+    if reason := unavailable_reason():
+        raise RuntimeError(reason)
+    return ISAS[native.library().w4a8_isa()]
 
 
 def pack(codes: Tensor, scales: Tensor, mins: Tensor | None) -> Tensor:
@@ -98,13 +98,6 @@ def unpack(packed: Tensor, out_features: int, group_size: int, symmetric: bool) 
     return codes[:out_features].contiguous(), values[0].contiguous(), None if symmetric else values[1].contiguous()
 
 
-@cache
-def packed_bytes(out_features: int, in_features: int, group_size: int, symmetric: bool) -> int:
-    """The size of `pack`'s result in bytes."""
-    block = (1 if symmetric else 2) * TERM_BYTES + group_size * TILE_OUTPUTS // 2
-    return -(-out_features // TILE_OUTPUTS) * (in_features // group_size) * block
-
-
 def linear(
     x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, group_size: int, symmetric: bool
 ) -> Tensor:
@@ -123,50 +116,28 @@ def linear(
         [..., N] of x's dtype.
 
     Raises:
-        ValueError: a shape or dtype does not fit.
-        RuntimeError: the kernel cannot run here.
+        RuntimeError: a shape or dtype does not fit, or the kernel cannot run here.
     """
-    if torch.compiler.is_compiling():
-        return torch.ops.ipex_vllm.w4a8_linear.default(x, packed, bias, out_features, group_size, symmetric)  # type: ignore[no-any-return]
-    # Through the dispatcher and back into Python is 5 us, a twentieth of a small layer at one row.
-    return _linear(x, packed, bias, out_features, group_size, symmetric)
+    return linear_with_isa(x, packed, bias, out_features, group_size, symmetric, 0)
 
 
 def linear_with_isa(
     x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, group_size: int, symmetric: bool, isa: int
 ) -> Tensor:
-    """`linear`, computed with one instruction set of `ISAS`, which this CPU must have."""
-    if group_size not in GROUP_SIZES or packed.numel() != packed_bytes(
-        out_features, x.shape[-1], group_size, symmetric
-    ):
-        raise ValueError(f"int4 weights of {packed.numel()} bytes are not [{out_features}, {x.shape[-1]}]")
-    function = native.library().w4a8_linear
-    return native.linear(function, x, packed, bias, out_features, group_size, symmetric, isa=isa)
-
-
-def _linear(
-    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, group_size: int, symmetric: bool
-) -> Tensor:
-    return linear_with_isa(x, packed, bias, out_features, group_size, symmetric, _detected_isa())
+    """`linear`, computed with one instruction set of `ISAS`, which this CPU must have, or with the best one, 0."""
+    operator = torch.ops.ipex_vllm.w4a8_linear.default
+    return operator(x, packed, bias, out_features, group_size, symmetric, isa)  # type: ignore[no-any-return]
 
 
 def _linear_shape(
-    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, group_size: int, symmetric: bool
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, group_size: int, symmetric: bool, isa: int
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-@cache
-def _detected_isa() -> int:
-    if reason := unavailable_reason():
-        raise RuntimeError(reason)
-    return int(native.library().w4a8_isa())
-
-
-# Registered at this level rather than with torch.library.custom_op, whose wrapper costs as much as a small layer.
+# The library implements it (csrc/torch_ops.cpp).
 torch.library.define(
     "ipex_vllm::w4a8_linear",
-    "(Tensor x, Tensor packed, Tensor? bias, SymInt out_features, SymInt group_size, bool symmetric) -> Tensor",
+    "(Tensor x, Tensor packed, Tensor? bias, int out_features, int group_size, bool symmetric, int isa) -> Tensor",
 )
-torch.library.impl("ipex_vllm::w4a8_linear", "CPU", _linear)
 torch.library.register_fake("ipex_vllm::w4a8_linear", _linear_shape)

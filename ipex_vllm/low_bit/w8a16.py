@@ -1,7 +1,5 @@
 """8-bit float weights times float activations (W8A16) on x86 CPUs: packing, and the torch operator over the kernel."""
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -31,7 +29,9 @@ def isa(dtype: torch.dtype) -> str:
     Raises:
         RuntimeError: the kernel cannot run here.
     """
-    return ISAS[_detected_isa(dtype)]
+    if reason := unavailable_reason():
+        raise RuntimeError(reason)
+    return ISAS[native.library().w8a16_isa(native.DTYPES[dtype])]
 
 
 def pack(codes: Tensor, scales: Tensor) -> Tensor:
@@ -67,13 +67,6 @@ def pack(codes: Tensor, scales: Tensor) -> Tensor:
     return torch.cat([tile_scales.view(torch.uint8), lines], dim=1).flatten()
 
 
-@cache
-def packed_bytes(out_features: int, in_features: int) -> int:
-    """The size of `pack`'s result in bytes."""
-    tiles, lines = -(-out_features // TILE_OUTPUTS), -(-in_features // 2)
-    return tiles * (SCALES_BYTES + lines * 2 * TILE_OUTPUTS)
-
-
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, weight_dtype: torch.dtype) -> Tensor:
     """`x @ weight.T + bias` with the weights of `pack`, through the torch operator `ipex_vllm::w8a16_linear`.
 
@@ -91,46 +84,28 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, we
         [..., N] of x's dtype.
 
     Raises:
-        ValueError: a shape or dtype does not fit.
-        RuntimeError: the kernel cannot run here.
+        RuntimeError: a shape or dtype does not fit, or the kernel cannot run here.
     """
-    if torch.compiler.is_compiling():
-        return torch.ops.ipex_vllm.w8a16_linear.default(x, packed, bias, out_features, weight_dtype)  # type: ignore[no-any-return]
-    # As in w4a8.py: the dispatcher costs a part of a small layer.
-    return _linear(x, packed, bias, out_features, weight_dtype)
+    return linear_with_isa(x, packed, bias, out_features, weight_dtype, 0)
 
 
 def linear_with_isa(
     x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, weight_dtype: torch.dtype, isa: int
 ) -> Tensor:
-    """`linear`, computed with one instruction set of `ISAS`, which this CPU must have."""
-    if packed.numel() != packed_bytes(out_features, x.shape[-1]):
-        raise ValueError(f"8-bit float weights of {packed.numel()} bytes are not [{out_features}, {x.shape[-1]}]")
-    function = native.library().w8a16_linear
-    return native.linear(function, x, packed, bias, out_features, WEIGHT_DTYPES[weight_dtype], isa=isa)
-
-
-def _linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, weight_dtype: torch.dtype) -> Tensor:
-    return linear_with_isa(x, packed, bias, out_features, weight_dtype, _detected_isa(x.dtype))
+    """`linear`, computed with one instruction set of `ISAS`, which this CPU must have, or with the best one, 0."""
+    operator = torch.ops.ipex_vllm.w8a16_linear.default
+    return operator(x, packed, bias, out_features, WEIGHT_DTYPES[weight_dtype], isa)  # type: ignore[no-any-return]
 
 
 def _linear_shape(
-    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, weight_dtype: torch.dtype
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, weight_format: int, isa: int
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-@cache
-def _detected_isa(dtype: torch.dtype) -> int:
-    if reason := unavailable_reason():
-        raise RuntimeError(reason)
-    return int(native.library().w8a16_isa(native.DTYPES.get(dtype, 0)))
-
-
-# Registered at this level rather than with torch.library.custom_op, as in w4a8.py.
+# The library implements it (csrc/torch_ops.cpp).
 torch.library.define(
     "ipex_vllm::w8a16_linear",
-    "(Tensor x, Tensor packed, Tensor? bias, SymInt out_features, ScalarType weight_dtype) -> Tensor",
+    "(Tensor x, Tensor packed, Tensor? bias, int out_features, int weight_format, int isa) -> Tensor",
 )
-torch.library.impl("ipex_vllm::w8a16_linear", "CPU", _linear)
 torch.library.register_fake("ipex_vllm::w8a16_linear", _linear_shape)

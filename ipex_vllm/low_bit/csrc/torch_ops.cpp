@@ -1,0 +1,215 @@
+// The torch operators over the matmuls, registered through torch's stable C interface (PyTorch 2.8 and later). Its
+// functions are looked up in the process, so that no header of torch is needed and one library serves every version.
+// Compiled with exceptions, which is how an operator fails.
+#include <dlfcn.h>
+#include <omp.h>
+
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "w4a8.h"
+#include "w8a16.h"
+
+namespace {
+
+using Value = uint64_t; // an argument or a result: an integer, or a handle; who receives a handle has to free it
+struct TensorObject;
+using Handle = TensorObject *;
+using Library = struct LibraryObject *;
+using BoxedKernel = void (*)(Value *stack, uint64_t arguments, uint64_t results);
+constexpr int32_t kCpu = 0;
+
+// Functions of torch's shim.h; those that return int32_t return 0 unless they failed.
+struct Torch {
+    int32_t (*new_library)(const char *name_space, const char *key, const char *file, uint32_t line, Library *);
+    int32_t (*implement)(Library, const char *name, BoxedKernel);
+    int32_t (*delete_tensor)(Handle);
+    int32_t (*data)(Handle, void **);
+    int32_t (*dim)(Handle, int64_t *);
+    int32_t (*numel)(Handle, int64_t *);
+    int32_t (*sizes)(Handle, int64_t **);
+    int32_t (*dtype)(Handle, int32_t *);
+    int32_t (*is_contiguous)(Handle, bool *);
+    int32_t (*empty)(int64_t dim, const int64_t *sizes, const int64_t *strides, int32_t dtype, int32_t device_type,
+                     int32_t device_index, Handle *);
+    int32_t (*copy)(Handle to, Handle from, int32_t non_blocking);
+    int32_t (*float32)();
+    int32_t (*float16)();
+    int32_t (*bfloat16)();
+
+    bool find() {
+        // Already in the process, or this is none of torch's.
+        void *library = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_LAZY);
+        const auto found = [library](const char *name, auto &function) {
+            function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, name));
+            return function != nullptr;
+        };
+        return library && found("aoti_torch_library_init_impl", new_library) &&
+               found("aoti_torch_library_impl", implement) && found("aoti_torch_delete_tensor_object", delete_tensor) &&
+               found("aoti_torch_get_data_ptr", data) && found("aoti_torch_get_dim", dim) &&
+               found("aoti_torch_get_numel", numel) && found("aoti_torch_get_sizes", sizes) &&
+               found("aoti_torch_get_dtype", dtype) && found("aoti_torch_is_contiguous", is_contiguous) &&
+               found("aoti_torch_empty_strided", empty) && found("aoti_torch_copy_", copy) &&
+               found("aoti_torch_dtype_float32", float32) && found("aoti_torch_dtype_float16", float16) &&
+               found("aoti_torch_dtype_bfloat16", bfloat16);
+    }
+};
+
+Torch torch;
+
+[[noreturn]] void fail(const std::string &message) { throw std::runtime_error(message); }
+
+void check(int32_t status) {
+    if (status) fail("a call of torch's C interface failed; its message is on stderr");
+}
+
+struct DeleteTensor {
+    void operator()(Handle handle) const { torch.delete_tensor(handle); }
+};
+
+// A tensor, or none.
+class Tensor {
+  public:
+    explicit Tensor(Handle handle) : handle_(handle) {}
+
+    explicit operator bool() const { return handle_ != nullptr; }
+    Handle handle() const { return handle_.get(); }
+    Handle release() { return handle_.release(); }
+
+    void *data() const { return get(torch.data, static_cast<void *>(nullptr)); }
+    int64_t numel() const { return get(torch.numel, int64_t(0)); }
+    bool is_contiguous() const { return get(torch.is_contiguous, false); }
+    int32_t torch_dtype() const { return get(torch.dtype, int32_t(0)); }
+    std::vector<int64_t> sizes() const {
+        const int64_t dim = get(torch.dim, int64_t(0));
+        const int64_t *sizes = get(torch.sizes, static_cast<int64_t *>(nullptr));
+        return {sizes, sizes + dim};
+    }
+    // What the kernels call its dtype; -1 for one they do not take.
+    int32_t dtype() const {
+        const int32_t dtype = torch_dtype();
+        return dtype == torch.float32()    ? w4a8::kFloat32
+               : dtype == torch.float16()  ? w4a8::kFloat16
+               : dtype == torch.bfloat16() ? w4a8::kBFloat16
+                                           : -1;
+    }
+
+  private:
+    template <class T> T get(int32_t (*function)(Handle, T *), T value) const {
+        check(function(handle_.get(), &value));
+        return value;
+    }
+
+    std::unique_ptr<TensorObject, DeleteTensor> handle_;
+};
+
+Tensor take_tensor(Value value) { return Tensor(reinterpret_cast<Handle>(value)); }
+
+// None is a null pointer, a tensor a pointer to its handle.
+Tensor take_optional_tensor(Value value) {
+    const Value *pointer = reinterpret_cast<const Value *>(value);
+    Tensor tensor(pointer ? reinterpret_cast<Handle>(*pointer) : nullptr);
+    delete pointer;
+    return tensor;
+}
+
+Tensor empty(const std::vector<int64_t> &sizes, int32_t torch_dtype) {
+    std::vector<int64_t> strides(sizes.size());
+    int64_t stride = 1;
+    for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
+    Handle handle;
+    check(torch.empty(sizes.size(), sizes.data(), strides.data(), torch_dtype, kCpu, 0, &handle));
+    return Tensor(handle);
+}
+
+// What a matmul is called with; checked against each other.
+struct Linear {
+    Tensor x;
+    Tensor packed;
+    Tensor bias;
+    int64_t outputs;
+    std::vector<int64_t> sizes; // x's, then the result's
+    int64_t inputs;
+    int32_t dtype;
+    int32_t bias_dtype;
+
+    Linear(const Value *stack)
+        : x(take_tensor(stack[0])), packed(take_tensor(stack[1])), bias(take_optional_tensor(stack[2])),
+          outputs(int64_t(stack[3])), sizes(x.sizes()), inputs(sizes.empty() ? 0 : sizes.back()), dtype(x.dtype()),
+          bias_dtype(bias ? bias.dtype() : w4a8::kFloat32) {
+        if (dtype < 0 || (bias_dtype != dtype && bias_dtype != w4a8::kFloat32))
+            fail("the kernels take float32, float16 or bfloat16, and a bias of that dtype or float32");
+        if (sizes.empty()) fail("the kernels take [..., K], not a scalar");
+        if (bias && bias.numel() != outputs)
+            fail("a layer of " + std::to_string(outputs) + " outputs has a bias of " + std::to_string(bias.numel()));
+        if (!x.is_contiguous()) {
+            Tensor copy = empty(sizes, x.torch_dtype());
+            check(torch.copy(copy.handle(), x.handle(), 0));
+            x = std::move(copy);
+        }
+        sizes.back() = outputs;
+    }
+
+    void check_packed(const char *weights, int64_t bytes) const {
+        if (packed.numel() != bytes)
+            fail(std::string(weights) + " weights of " + std::to_string(packed.numel()) + " bytes are not [" +
+                 std::to_string(outputs) + ", " + std::to_string(inputs) + "]");
+    }
+
+    // multiply(x, packed, bias, out, rows) is one of the library's matmuls.
+    template <class Multiply> Value result(const Multiply &multiply) {
+        Tensor out = empty(sizes, x.torch_dtype());
+        const int64_t rows = inputs ? x.numel() / inputs : 0;
+        if (multiply(x.data(), packed.data(), bias ? bias.data() : nullptr, out.data(), rows))
+            throw std::bad_alloc();
+        return reinterpret_cast<Value>(out.release());
+    }
+};
+
+int32_t usable(int64_t requested, int32_t detected, const char *weights) {
+    if (detected == 0) fail(std::string("the ") + weights + " kernel needs a CPU with AVX2, FMA and F16C");
+    return requested ? int32_t(requested) : detected;
+}
+
+void w4a8_operator(Value *stack, uint64_t, uint64_t) {
+    Linear linear(stack);
+    const int64_t group = int64_t(stack[4]);
+    const bool symmetric = stack[5] & 1;
+    const w4a8::Weights weights{nullptr, linear.outputs, linear.inputs, group, symmetric};
+    if ((group != 32 && group != 64 && group != 128) || linear.inputs % group) fail("int4 groups of 32, 64 or 128 are not these");
+    linear.check_packed("int4", weights.tiles() * weights.groups() * weights.block_bytes());
+    const int32_t isa = usable(int64_t(stack[6]), w4a8_isa(), "int4");
+    stack[0] = linear.result([&](auto... tensors_and_rows) {
+        return w4a8_linear(tensors_and_rows..., linear.outputs, linear.inputs, group, symmetric, linear.dtype,
+                           linear.bias_dtype, isa, omp_get_max_threads());
+    });
+}
+
+void w8a16_operator(Value *stack, uint64_t, uint64_t) {
+    Linear linear(stack);
+    const int32_t format = int32_t(stack[4]);
+    const w8a16::Weights weights{nullptr, linear.outputs, linear.inputs, w8a16::Format(format)};
+    linear.check_packed("8-bit float", weights.tile(weights.tiles()) - weights.tile(0));
+    const int32_t isa = usable(int64_t(stack[5]), w8a16_isa(linear.dtype), "fp8");
+    stack[0] = linear.result([&](auto... tensors_and_rows) {
+        return w8a16_linear(tensors_and_rows..., linear.outputs, linear.inputs, format, linear.dtype,
+                            linear.bias_dtype, isa, omp_get_max_threads());
+    });
+}
+
+} // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+// Give torch the implementations of ipex_vllm::w4a8_linear and ipex_vllm::w8a16_linear, whose schemas Python defines.
+// Returns 0, or -1 when this torch has no stable C interface.
+int32_t register_torch_operators() {
+    Library library;
+    if (!torch.find() || torch.new_library("ipex_vllm", "CPU", __FILE__, __LINE__, &library)) return -1;
+    if (torch.implement(library, "w4a8_linear", w4a8_operator)) return -1;
+    return torch.implement(library, "w8a16_linear", w8a16_operator) ? -1 : 0;
+}
+}
+#pragma GCC visibility pop
