@@ -130,7 +130,7 @@ def linear_with_isa(
 
 
 def _linear_shape(
-    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, group_size: int, symmetric: bool, isa: int
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, group_size: int, symmetric: bool, isa: int = 0
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
@@ -138,6 +138,6 @@ def _linear_shape(
 # The library implements it (csrc/torch_ops.cpp).
 torch.library.define(
     "ipex_vllm::w4a8_linear",
-    "(Tensor x, Tensor packed, Tensor? bias, int out_features, int group_size, bool symmetric, int isa) -> Tensor",
+    "(Tensor x, Tensor packed, Tensor? bias, int out_features, int group_size, bool symmetric, int isa=0) -> Tensor",
 )
 torch.library.register_fake("ipex_vllm::w4a8_linear", _linear_shape)

@@ -98,7 +98,7 @@ def linear_with_isa(
 
 
 def _linear_shape(
-    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, weight_format: int, isa: int
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, weight_format: int, isa: int = 0
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
@@ -106,6 +106,6 @@ def _linear_shape(
 # The library implements it (csrc/torch_ops.cpp).
 torch.library.define(
     "ipex_vllm::w8a16_linear",
-    "(Tensor x, Tensor packed, Tensor? bias, int out_features, int weight_format, int isa) -> Tensor",
+    "(Tensor x, Tensor packed, Tensor? bias, int out_features, int weight_format, int isa=0) -> Tensor",
 )
 torch.library.register_fake("ipex_vllm::w8a16_linear", _linear_shape)

@@ -1,8 +1,7 @@
 #include "w4a8.h"
 
-#include <algorithm>
-
 #include "buffer.h"
+#include "parallel.h"
 
 using namespace w4a8;
 
@@ -41,20 +40,11 @@ int32_t w4a8_linear(const void *x, const void *packed, const void *bias, void *o
                                   reinterpret_cast<float *>(buffer.get() + codes_bytes),
                                   buffer.get() + codes_bytes + scales_bytes, stride, weights.groups()};
 
-    const int64_t row_tasks = (rows + kMaxTaskRows - 1) / kMaxTaskRows;
-    const int64_t tasks = row_tasks * weights.tiles();
-    // Guided: one core of a small machine is often busy with something else. What a thread takes is contiguous, for
-    // the prefetcher. A result depends neither on the thread that computed it nor on what else is in the batch.
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row) k.quantize(x, output.dtype, weights, activations, row);
-#pragma omp for schedule(guided) nowait
-        for (int64_t task = 0; task < tasks; ++task) {
-            const int64_t begin = task / weights.tiles() * kMaxTaskRows;
-            k.multiply(weights, activations, output, task % weights.tiles(), begin,
-                       std::min(rows, begin + kMaxTaskRows));
-        }
-    }
+    prepare_and_multiply(
+        rows, weights.tiles(), kMaxTaskRows, threads,
+        [&](int64_t row) { k.quantize(x, output.dtype, weights, activations, row); },
+        [&](int64_t tile, int64_t begin, int64_t end) {
+            k.multiply(weights, activations, output, tile, begin, end);
+        });
     return 0;
 }

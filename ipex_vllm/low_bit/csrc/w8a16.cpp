@@ -1,8 +1,7 @@
 #include "w8a16.h"
 
-#include <algorithm>
-
 #include "buffer.h"
+#include "parallel.h"
 
 using namespace w8a16;
 
@@ -33,19 +32,11 @@ int32_t w8a16_linear(const void *x, const void *packed, const void *bias, void *
     if (!buffer) return -1;
     const Activations activations{buffer.get(), stride};
 
-    const int64_t row_tasks = (rows + kMaxTaskRows - 1) / kMaxTaskRows;
-    const int64_t tasks = row_tasks * weights.tiles();
-    // As in w4a8.cpp: guided, and what a thread takes is contiguous.
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row) k.convert(x, output.dtype, weights, activations, row);
-#pragma omp for schedule(guided) nowait
-        for (int64_t task = 0; task < tasks; ++task) {
-            const int64_t begin = task / weights.tiles() * kMaxTaskRows;
-            k.multiply(weights, activations, output, task % weights.tiles(), begin,
-                       std::min(rows, begin + kMaxTaskRows));
-        }
-    }
+    prepare_and_multiply(
+        rows, weights.tiles(), kMaxTaskRows, threads,
+        [&](int64_t row) { k.convert(x, output.dtype, weights, activations, row); },
+        [&](int64_t tile, int64_t begin, int64_t end) {
+            k.multiply(weights, activations, output, tile, begin, end);
+        });
     return 0;
 }
