@@ -132,7 +132,9 @@ class Machine:
         return float(self.library.int8_ops_per_second(self.threads))
 
 
-def measure(machine: Machine, kernels: dict[str, list[Linear]], x: torch.Tensor, weight_bytes: float) -> dict[str, float]:
+def measure(
+    machine: Machine, kernels: dict[str, list[Linear]], x: torch.Tensor, weight_bytes: float
+) -> dict[str, float]:
     """Median seconds of each kernel for x, and the medians of `read_bytes_per_s` and `int8_ops_per_s` beside them."""
     samples: dict[str, list[float]] = {name: [] for name in [*kernels, "read_bytes_per_s", "int8_ops_per_s"]}
     begun, repeat = time.perf_counter(), 0

@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from benchmarks.metrics import Timeline, tpot, ttft
 
@@ -84,13 +84,18 @@ def throughput_by_streams(
 ) -> None:
     """Output tokens/s of each system (a line) at each number of concurrent streams."""
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for marker, (system, values) in zip(itertools.cycle("osv^Dx*"), figures.items(), strict=False):
-        axis.plot(streams, [math.nan if value is None else value for value in values], f"{marker}-", label=system)
+    # There are ten colours: the eleventh line is dashed.
+    styles = itertools.product(("-", "--", ":"), range(10))
+    for (line, colour), marker, (system, values) in zip(
+        styles, itertools.cycle("osv^Dx*"), figures.items(), strict=False
+    ):
+        known = [math.nan if value is None else value for value in values]
+        axis.plot(streams, known, f"{marker}{line}C{colour}", label=system)
     axis.set(xscale="log", yscale="log", xlabel="concurrent streams", ylabel="output tokens/s", title=title)
     axis.set_xticks(streams, list(map(str, streams)))
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
-    axis.tick_params(axis="y", which="minor", labelsize=8)
     axis.xaxis.set_minor_locator(NullLocator())
     axis.grid(alpha=0.3, which="both")
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
