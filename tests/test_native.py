@@ -1,11 +1,13 @@
 """The C++ library: it builds or says what is missing, uses torch's threads, and stays within its buffers."""
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ipex_vllm.low_bit import native, w4a8, w8a16
 
@@ -65,6 +67,33 @@ def test_a_library_that_does_not_load_is_a_reason(kernel, monkeypatch, tmp_path)
     native.LIBRARY.write_bytes(b"not a library")
     monkeypatch.setattr(native, "library", native.library.__wrapped__)
     assert "do not load, reinstall ipex-vllm from source" in kernel.unavailable_reason()
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [("int other;", "reinstall ipex-vllm"), ("int register_torch_operators(void) { return -1; }", "need PyTorch 2.8")],
+)
+def test_a_library_of_another_version_or_an_old_torch_is_a_reason(source, reason, monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "libkernels.so")
+    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+    command = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(native.LIBRARY)]
+    subprocess.run(command, input=source, text=True, check=True)
+    assert reason in w4a8.unavailable_reason()
+
+
+def test_operators_keep_no_tensor():
+    """Handles of torch's C interface are freed by hand, when a call fails too: a leak would take 3 GB here."""
+    weights = torch.zeros(64, 128)
+    packed = w4a8.pack(weights.byte(), torch.ones(64, 1), None)
+    packed_fp8 = w8a16.pack(weights.to(torch.float8_e4m3fn), torch.ones(64, 1))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(100):
+        x, bias = torch.zeros(128, 1 << 15).t(), torch.zeros(64)  # 16 MiB, and not contiguous
+        w4a8.linear(x, packed, bias, 64, 128, True)
+        w8a16.linear(x, packed_fp8, bias, 64, torch.float8_e4m3fn)
+        with pytest.raises(RuntimeError):
+            w4a8.linear(x, packed, bias, 65, 128, True)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # KiB
 
 
 def test_without_a_compiler_the_package_still_builds(tmp_path):
