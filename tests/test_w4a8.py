@@ -219,6 +219,8 @@ def test_bad_calls_are_refused():
     x = torch.randn(1, 128)
     with pytest.raises(RuntimeError, match="are not"):
         w4a8.linear(x[:, :64], packed, None, 64, 32, True)
+    with pytest.raises(RuntimeError, match="groups of 32, 64 or 128 inputs"):
+        w4a8.linear(x, packed, None, 64, 48, True)
     with pytest.raises(RuntimeError, match="bias of 63"):
         w4a8.linear(x, packed, torch.zeros(63), 64, 32, True)
     with pytest.raises(RuntimeError, match="float32, float16 or bfloat16"):

@@ -5,8 +5,11 @@
 #include <omp.h>
 
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "w4a8.h"
@@ -178,7 +181,9 @@ void w4a8_operator(Value *stack, uint64_t, uint64_t) {
     const int64_t group = int64_t(stack[4]);
     const bool symmetric = stack[5] & 1;
     const w4a8::Weights weights{nullptr, linear.outputs, linear.inputs, group, symmetric};
-    if ((group != 32 && group != 64 && group != 128) || linear.inputs % group) fail("int4 groups of 32, 64 or 128 are not these");
+    if ((group != 32 && group != 64 && group != 128) || linear.inputs % group)
+        fail("int4 weights have groups of 32, 64 or 128 inputs: " + std::to_string(linear.inputs) +
+             " are not divided by " + std::to_string(group));
     linear.check_packed("int4", weights.tiles() * weights.groups() * weights.block_bytes());
     const int32_t isa = usable(int64_t(stack[6]), w4a8_isa(), "int4");
     stack[0] = linear.result([&](auto... tensors_and_rows) {
