@@ -120,21 +120,19 @@ class Machine:
         self.position = 0
         self.threads = threads
 
-    def read_bytes_per_s(self, size: float) -> float:
+    def read_bytes_per_s(self, size: int) -> float:
         """Read `size` bytes that were not read lately, as a layer of that size has to; its threads start here too."""
         if self.position + size > self.buffer.numel():
             self.position = 0
         address = ctypes.c_void_p(self.buffer.data_ptr() + self.position)
-        self.position += int(size) // 64 * 64
-        return size / float(self.library.read_seconds(address, ctypes.c_int64(int(size)), self.threads))
+        self.position += size // 64 * 64
+        return size / float(self.library.read_seconds(address, ctypes.c_int64(size), self.threads))
 
     def int8_ops_per_s(self) -> float:
         return float(self.library.int8_ops_per_second(self.threads))
 
 
-def measure(
-    machine: Machine, kernels: dict[str, list[Linear]], x: torch.Tensor, weight_bytes: float
-) -> dict[str, float]:
+def measure(machine: Machine, kernels: dict[str, list[Linear]], x: torch.Tensor, weight_bytes: int) -> dict[str, float]:
     """Median seconds of each kernel for x, and the medians of `read_bytes_per_s` and `int8_ops_per_s` beside them."""
     samples: dict[str, list[float]] = {name: [] for name in [*kernels, "read_bytes_per_s", "int8_ops_per_s"]}
     begun, repeat = time.perf_counter(), 0
@@ -158,7 +156,7 @@ def benchmark_shape(machine: Machine, names: list[str], outputs: int, inputs: in
         create, bits = KERNELS[name]
         copies = 1 + int(ROTATED_BYTES / (outputs * inputs * bits / 8))
         kernels[name] = [create(outputs, inputs) for _ in range(copies)]
-    weight_bytes = outputs * inputs * KERNELS[OURS][1] / 8
+    weight_bytes = int(outputs * inputs * KERNELS[OURS][1] / 8)
     results = []
     for m in rows:
         median = measure(machine, kernels, torch.randn(m, inputs, dtype=torch.bfloat16), weight_bytes)

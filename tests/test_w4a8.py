@@ -19,6 +19,11 @@ EVERY_ROWS = [*range(1, 130), 255, 256, 257, 1000]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11 + 2e-6}
 
 
+def block_bytes(group: int, symmetric: bool) -> int:
+    """The size of one group of one tile: its terms, and half a byte for each code."""
+    return (1 if symmetric else 2) * w4a8.TERM_BYTES + group * w4a8.TILE_OUTPUTS // 2
+
+
 def random_weight(outputs: int, inputs: int, group: int, symmetric: bool) -> tuple[torch.Tensor, ...]:
     codes = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8)
     scales = (torch.rand(outputs, inputs // group) * 0.01).half().float()
@@ -73,6 +78,8 @@ def test_the_kernel_was_built_and_runs_here():
 def test_unpack_inverts_pack(outputs, group, symmetric):
     codes, scales, mins = random_weight(outputs, 384, group, symmetric)
     packed = w4a8.pack(codes, scales, mins)
+    tiles = -(-outputs // w4a8.TILE_OUTPUTS)
+    assert packed.numel() == tiles * (384 // group) * block_bytes(group, symmetric)
     assert packed.is_contiguous()
     unpacked = w4a8.unpack(packed, outputs, group, symmetric)
     assert torch.equal(unpacked[0], codes)
@@ -98,8 +105,8 @@ def test_the_shapes_of_the_models(shape, symmetric):
     outputs, inputs = shape
     for group in w4a8.GROUP_SIZES:
         tiles = outputs // w4a8.TILE_OUTPUTS
-        block_bytes = (1 if symmetric else 2) * w4a8.TERM_BYTES + group * w4a8.TILE_OUTPUTS // 2
-        blocks = torch.randint(0, 256, (tiles, inputs // group, block_bytes), dtype=torch.uint8)
+        shape_of_blocks = (tiles, inputs // group, block_bytes(group, symmetric))
+        blocks = torch.randint(0, 256, shape_of_blocks, dtype=torch.uint8)
         packed = blocks.view(-1)
         for term in range(1 if symmetric else 2):
             values = torch.randn(tiles, inputs // group, w4a8.TILE_OUTPUTS) * 0.01

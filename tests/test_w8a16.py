@@ -71,6 +71,8 @@ def test_every_number_of_rows_and_odd_sizes(weight_dtype, dtype, isa):
     for outputs, inputs in SHAPES:
         codes, scales = random_weight(outputs, inputs, weight_dtype)
         packed = w8a16.pack(codes, scales)
+        # A tile of 32 outputs: a float32 scale each, then 64 bytes for each two inputs.
+        assert packed.numel() == -(-outputs // 32) * (128 + -(-inputs // 2) * 64)
         x = torch.randn(max(EVERY_ROWS), inputs).to(dtype)
         expected = reference(x, codes, scales)
         for rows in EVERY_ROWS:

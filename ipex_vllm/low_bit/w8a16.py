@@ -6,7 +6,6 @@ from torch import Tensor
 from ipex_vllm.low_bit import native
 
 TILE_OUTPUTS = 32
-SCALES_BYTES = 4 * TILE_OUTPUTS
 
 ISAS = {1: "avx2", 2: "avx512", 3: "avx512_bf16"}
 # What the kernel calls a weight's dtype, and what it multiplies a number by when it reads it as a float16.
