@@ -1,6 +1,6 @@
 """Builds the native kernels into the package; everything else about the package is in pyproject.toml.
 
-Without a C++ compiler the package still installs, and `ipex_vllm.low_bit.native.unavailable_reason()` says so.
+Without a C++ compiler the package still installs, and `ipex_vllm.low_bit.kernels.native.unavailable_reason()` says so.
 """
 
 import platform

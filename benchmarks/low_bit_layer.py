@@ -20,7 +20,7 @@ from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from benchmarks.machine import describe_machine
 from ipex_vllm.low_bit.formats import FORMATS
-from ipex_vllm.low_bit.matmul import make_linear
+from ipex_vllm.low_bit.linear import make_linear
 from ipex_vllm.low_bit.quantize import quantize
 
 Linear = Callable[[torch.Tensor], torch.Tensor]

@@ -25,7 +25,7 @@ from ipex_vllm import cpu
 from ipex_vllm.demo import MODEL_DIR
 from ipex_vllm.engine import EngineError
 from ipex_vllm.low_bit.hf import HfLowBitLinear
-from ipex_vllm.low_bit.matmul import LowBitLinear
+from ipex_vllm.low_bit.kernels.base import LowBitLinear
 from ipex_vllm.options import WorkerOptions
 from ipex_vllm.protocol import GenerateRequest
 from tests.processes import Server, eventually

@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ipex_vllm.low_bit import ipex_llm_checkpoint, vllm_arguments
-from ipex_vllm.low_bit.checkpoint import from_tensors, meta_tensors, save, to_tensors
+from ipex_vllm.low_bit import vllm_arguments
 from ipex_vllm.low_bit.formats import FORMATS, Format, resolve
+from ipex_vllm.low_bit.layout import from_tensors, meta_tensors, to_tensors
 from ipex_vllm.low_bit.quantize import dequantize, quantize
+from ipex_vllm.low_bit.readers import ipex_llm
+from ipex_vllm.low_bit.save import save
 
 QUANTIZED = [row for row in FORMATS.values() if row.kind != "dtype"]
 IPEX_LLM = Path(__file__).parent / "fixtures" / "ipex_llm_checkpoints"
@@ -132,7 +134,7 @@ def test_another_tools_checkpoint_is_used_as_it_is_or_the_conflict_is_one_line(
 @pytest.mark.parametrize("name", ["sym_int4", "asym_int4", "sym_int8"])
 def test_what_ipex_llm_saved_is_read_bit_for_bit(name: str) -> None:
     original = load_file(IPEX_LLM / "original" / "model.safetensors")
-    tensors = dict(ipex_llm_checkpoint.read(IPEX_LLM / name))
+    tensors = dict(ipex_llm.read(IPEX_LLM / name))
     layers = {key.removesuffix(".weight") for key in original if "_proj" in key or "lm_head" in key}
     assert len(layers) == 8
     for layer in layers:
@@ -170,5 +172,5 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(source.read_text())
     torch.save({"lm_head.weight": Exploit()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(pickle.UnpicklingError):
-        list(ipex_llm_checkpoint.read(tmp_path))
+        list(ipex_llm.read(tmp_path))
     assert not (tmp_path / "ran").exists()

@@ -16,10 +16,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from ipex_vllm.demo import resolve_model_path
-from ipex_vllm.low_bit import ipex_llm_checkpoint, vllm_arguments
-from ipex_vllm.low_bit.checkpoint import from_tensors, save
+from ipex_vllm.low_bit import vllm_arguments
 from ipex_vllm.low_bit.formats import FORMATS
+from ipex_vllm.low_bit.layout import from_tensors
 from ipex_vllm.low_bit.quantize import dequantize, quantize
+from ipex_vllm.low_bit.readers import ipex_llm
+from ipex_vllm.low_bit.save import save
 from tests.low_bit_logprobs import PROMPT
 from tests.processes import Server
 
@@ -208,7 +210,7 @@ def test_two_ranks_leave_a_layer_that_they_cannot_split_as_it_is(
 
 @pytest.mark.parametrize("name", ["sym_int4", "sym_int8"])
 def test_what_ipex_llm_saved_is_served(name: str, results: dict[str, Result]) -> None:
-    tensors = dict(ipex_llm_checkpoint.read(IPEX_LLM / name))
+    tensors = dict(ipex_llm.read(IPEX_LLM / name))
 
     def weight_of(layer: str, _: torch.Tensor) -> torch.Tensor:
         parts = {key.rpartition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{layer}.")}

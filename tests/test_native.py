@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ipex_vllm.low_bit import native, w4a8, w8a16
+from ipex_vllm.low_bit.kernels import native, w4a8, w8a16
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "ipex_vllm/low_bit/csrc"
@@ -32,7 +32,7 @@ ISA_FLAGS = {
 
 THREAD_COUNT = """
 import os, torch
-from ipex_vllm.low_bit import w4a8, w8a16
+from ipex_vllm.low_bit.kernels import w4a8, w8a16
 torch.set_num_threads(3)
 torch.randn(512, 512) @ torch.randn(512, 512)
 torch.randn(1 << 22).exp()

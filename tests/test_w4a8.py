@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ipex_vllm.low_bit import native, w4a8
+from ipex_vllm.low_bit.kernels import native, w4a8
 
 # Outputs and inputs of each model's linear layers, alone and as vLLM merges them (QKV, gate and up).
 MODEL_SHAPES = {

@@ -19,9 +19,12 @@ import torch
 from ipex_vllm import xpu
 from ipex_vllm.cpu import GIB, Machine, ModelFacts
 from ipex_vllm.engine import EngineError
-from ipex_vllm.low_bit import matmul, vllm_arguments
+from ipex_vllm.low_bit import vllm_arguments
 from ipex_vllm.low_bit.formats import FORMATS
-from ipex_vllm.low_bit.matmul import LowBitLinear, choose_kernel, make_linear
+from ipex_vllm.low_bit.kernels import vllm_cpu
+from ipex_vllm.low_bit.kernels import xpu as xpu_kernels
+from ipex_vllm.low_bit.kernels.base import LowBitLinear
+from ipex_vllm.low_bit.linear import choose_kernel, make_linear
 from ipex_vllm.low_bit.quantize import dequantize, quantize
 from ipex_vllm.options import WorkerOptions
 from ipex_vllm.xpu import Card, XpuPlan, apply_plan, make_plan
@@ -125,7 +128,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
 
     stand_in = types.SimpleNamespace(is_xpu=lambda: True, is_cpu=lambda: False, device_type="xpu")
     monkeypatch.setattr(vllm.platforms, "current_platform", stand_in)
-    caches = (matmul._vllm_cpu_ops, matmul._vllm_xpu_ops)
+    caches = (vllm_cpu.operators, xpu_kernels.operators)
     for cache in caches:
         cache.cache_clear()
     with torch.library._scoped_library("_xpu_C", "FRAGMENT") as library:

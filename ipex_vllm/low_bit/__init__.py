@@ -14,7 +14,7 @@ def vllm_arguments(low_bit: str | None, model_path: str, device: str) -> dict[st
     that is quantized already is used as it is, and ValueError says so in one line if it is in another format than the
     one asked for, or if the format is unknown or does not run on `device` ("cpu" or "xpu").
     """
-    from ipex_vllm.low_bit.checkpoint import quantized_in
+    from ipex_vllm.low_bit.readers import quantized_in
 
     format = None if low_bit is None else resolve(low_bit)
     if format is not None and format.kind == "dtype":

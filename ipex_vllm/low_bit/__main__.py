@@ -18,10 +18,10 @@ def main() -> int:
     save.add_argument("--out", required=True, type=Path, help="directory to write, new or empty")
     options = parser.parse_args()
 
-    from ipex_vllm.low_bit import checkpoint
+    from ipex_vllm.low_bit.save import save as save_checkpoint
 
     try:
-        checkpoint.save(options.model_path, resolve(options.low_bit), options.out)
+        save_checkpoint(options.model_path, resolve(options.low_bit), options.out)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1

@@ -9,7 +9,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ipex_vllm.low_bit.formats import resolve
-from ipex_vllm.low_bit.matmul import make_linear, summarize
+from ipex_vllm.low_bit.linear import make_linear, summarize
 from ipex_vllm.low_bit.quantize import quantize, unsuitable_reason
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-LIBRARY = Path(__file__).with_name("libkernels.so")
+LIBRARY = Path(__file__).parents[1] / "libkernels.so"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 

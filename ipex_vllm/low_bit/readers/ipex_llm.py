@@ -14,16 +14,34 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ipex_vllm.low_bit.checkpoint import IPEX_LLM_MARK, linear_shapes, read_config, to_tensors
+from ipex_vllm.low_bit.architecture import linear_shapes, read_config
 from ipex_vllm.low_bit.formats import FORMATS
+from ipex_vllm.low_bit.layout import to_tensors
 from ipex_vllm.low_bit.quantize import QuantizedWeight, dequantize
+from ipex_vllm.low_bit.readers.base import ExistingQuantization
 
+# The entry of config.json by which ipex-llm's `save_low_bit` names its format.
+MARK = "bigdl_transformers_low_bit"
+# vLLM's load format for these checkpoints.
+LOAD_FORMAT = "ipex_llm_low_bit"
 BLOCK = 64
 BLOCK_BYTES = {"sym_int4": 34, "asym_int4": 36, "sym_int8": 68}
 MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def recognises(model_path: str, config: dict[str, Any]) -> ExistingQuantization | None:
+    """What the checkpoint is, if ipex-llm wrote it; ValueError if that is in a format that cannot be read."""
+    name = config.get(MARK)
+    if name is None:
+        return None
+    if name not in BLOCK_BYTES:
+        raise ValueError(f"{model_path} was saved by ipex-llm in {name}; readable are {', '.join(BLOCK_BYTES)}")
+    arguments = {"quantization": f"ipex_{name}", "load_format": LOAD_FORMAT}
+    return ExistingQuantization(name, f"{name}, saved by ipex-llm", arguments)
 
 
 def decode(blocks: torch.Tensor, format_name: str, in_features: int) -> QuantizedWeight:
@@ -42,11 +60,11 @@ def decode(blocks: torch.Tensor, format_name: str, in_features: int) -> Quantize
 def read(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the checkpoint's tensors under Transformers' names.
 
-    4-bit weights come as `checkpoint.to_tensors` lays them out, their codes untouched; 8-bit ones in float32, because
+    4-bit weights come as `layout.to_tensors` lays them out, their codes untouched; 8-bit ones in float32, because
     the kernels take one scale per output channel where ipex-llm has one per 64 weights. The files are opened as plain
     tensors: one that would run code on loading is refused by PyTorch.
     """
-    name = read_config(str(directory))[IPEX_LLM_MARK]
+    name = read_config(str(directory))[MARK]
     shapes, _ = linear_shapes(directory)
     for file in sorted(directory.glob("pytorch_model*.bin")):
         for key, tensor in torch.load(file, map_location="cpu", weights_only=True, mmap=True).items():

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from ipex_vllm.low_bit import native
+from ipex_vllm.low_bit.kernels import native
+from ipex_vllm.low_bit.kernels.base import LowBitLinear
+from ipex_vllm.low_bit.quantize import QuantizedWeight
 
 TILE_OUTPUTS = 32
 
@@ -108,3 +110,23 @@ torch.library.define(
     "(Tensor x, Tensor packed, Tensor? bias, int out_features, int weight_format, int isa=0) -> Tensor",
 )
 torch.library.register_fake("ipex_vllm::w8a16_linear", _linear_shape)
+
+
+class W8A16Linear(LowBitLinear):
+    """This package's matmul with 8-bit float weights, a scale per output channel, on float activations."""
+
+    kernel = "w8a16"
+    formats = ("fp8_e4m3", "fp8_e5m2")
+    packed: torch.Tensor
+
+    @classmethod
+    def missing(cls) -> str | None:
+        return unavailable_reason()
+
+    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
+        super().__init__(weight, dtype)
+        self.register_buffer("packed", pack(weight.codes, weight.scales), persistent=False)
+        self.weight_dtype = weight.codes.dtype
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return linear(x, self.packed, bias, self.out_features, self.weight_dtype)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from ipex_vllm.low_bit import matmul
 from ipex_vllm.low_bit.formats import FORMATS, Format
-from ipex_vllm.low_bit.matmul import KERNELS, LowBitLinear, choose_kernel, make_linear
+from ipex_vllm.low_bit.kernels import vllm_cpu, w4a8, w8a16
+from ipex_vllm.low_bit.kernels.base import LowBitLinear
+from ipex_vllm.low_bit.linear import KERNELS, choose_kernel, make_linear
 from ipex_vllm.low_bit.quantize import dequantize, quantize
 
 QUANTIZED = [row for row in FORMATS.values() if row.kind != "dtype"]
@@ -119,8 +120,8 @@ def test_the_kernel_follows_from_the_format_the_machine_the_dtype_and_the_shape(
     outputs: int,
     kernel: str,
 ) -> None:
-    monkeypatch.setattr(matmul, "_vllm_cpu_ops", lambda: operators)
+    monkeypatch.setattr(vllm_cpu, "operators", lambda: operators)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
-    for ours in (matmul.w4a8, matmul.w8a16):
+    for ours in (w4a8, w8a16):
         monkeypatch.setattr(ours, "unavailable_reason", lambda: None if is_built else "was not built")
     assert choose_kernel(FORMATS[format], outputs, dtype).kernel == kernel

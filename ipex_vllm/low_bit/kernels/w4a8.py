@@ -6,7 +6,9 @@ How the kernel works, and the packed layout drawn, is in `docs/kernels.md`.
 import torch
 from torch import Tensor
 
-from ipex_vllm.low_bit import native
+from ipex_vllm.low_bit.kernels import native
+from ipex_vllm.low_bit.kernels.base import LowBitLinear
+from ipex_vllm.low_bit.quantize import QuantizedWeight
 
 GROUP_SIZES = (32, 64, 128)
 TILE_OUTPUTS = 32
@@ -141,3 +143,24 @@ torch.library.define(
     "(Tensor x, Tensor packed, Tensor? bias, int out_features, int group_size, bool symmetric, int isa=0) -> Tensor",
 )
 torch.library.register_fake("ipex_vllm::w4a8_linear", _linear_shape)
+
+
+class W4A8Linear(LowBitLinear):
+    """This package's int4 matmul, with activations quantized to int8 per token."""
+
+    kernel = "w4a8"
+    formats = ("sym_int4", "asym_int4")
+    packed: torch.Tensor
+
+    @classmethod
+    def missing(cls) -> str | None:
+        return unavailable_reason()
+
+    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
+        super().__init__(weight, dtype)
+        mins = None if weight.mins is None else weight.mins.float()
+        self.register_buffer("packed", pack(weight.codes, weight.scales.float(), mins), persistent=False)
+        self.group_size = self.in_features // weight.scales.shape[1]
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return linear(x, self.packed, bias, self.out_features, self.group_size, self.format.symmetric)

@@ -1,0 +1,1 @@
+"""The layers that compute with quantized weights: a file a library that multiplies."""

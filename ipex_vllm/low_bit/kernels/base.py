@@ -1,0 +1,57 @@
+"""What every kernel is to the rest: a layer over a quantized weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ipex_vllm.low_bit.formats import Format
+from ipex_vllm.low_bit.quantize import QuantizedWeight
+
+
+class LowBitLinear(nn.Module):
+    """y = x W^T + b with a quantized W [out_features, in_features]; x and y are [..., features], of one float dtype.
+
+    A subclass is one kernel. `forward` takes the bias rather than owning it, because under tensor parallelism only
+    one rank adds it.
+
+    Attributes:
+        kernel: its name, as it is logged.
+        formats: the formats that it computes.
+        dtypes: those of the activations.
+        outputs_multiple: what out_features must be a multiple of.
+    """
+
+    kernel = ""
+    formats: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+    outputs_multiple = 1
+
+    @classmethod
+    def unavailable_reason(cls, format: Format, out_features: int, dtype: torch.dtype) -> str | None:
+        """Say why this kernel cannot compute such a layer on this machine, or None if it can."""
+        if format.name not in cls.formats:
+            return f"computes {', '.join(cls.formats)} only"
+        if reason := cls.missing():
+            return reason
+        if dtype not in cls.dtypes:
+            return f"computes in {', '.join(map(str, cls.dtypes))} only"
+        if out_features % cls.outputs_multiple:
+            return f"{out_features} outputs are no multiple of {cls.outputs_multiple}"
+        return None
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """Say why this machine is not one for this kernel, or None if it is."""
+        raise NotImplementedError
+
+    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.format = weight.format
+        self.out_features, self.in_features = weight.codes.shape
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.format.name}, kernel={self.kernel}"

@@ -1,0 +1,53 @@
+"""The choice of a kernel for a quantized weight, by format, machine and shape."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from ipex_vllm.low_bit.formats import Format
+from ipex_vllm.low_bit.kernels.base import LowBitLinear
+from ipex_vllm.low_bit.kernels.dequantize import DequantizingLinear
+from ipex_vllm.low_bit.kernels.vllm_cpu import OneDnnInt8Linear, VllmW4A8Linear, VllmW4A16Linear
+from ipex_vllm.low_bit.kernels.w4a8 import W4A8Linear
+from ipex_vllm.low_bit.kernels.w8a16 import W8A16Linear
+from ipex_vllm.low_bit.kernels.xpu import XpuFp8Linear, XpuInt4Linear
+from ipex_vllm.low_bit.quantize import QuantizedWeight
+
+# In order of preference: the first that can compute a layer does.
+KERNELS: tuple[type[LowBitLinear], ...] = (
+    XpuInt4Linear,
+    XpuFp8Linear,
+    OneDnnInt8Linear,
+    VllmW4A8Linear,
+    W4A8Linear,
+    W8A16Linear,
+    VllmW4A16Linear,
+    DequantizingLinear,
+)
+
+
+def choose_kernel(format: Format, out_features: int, dtype: torch.dtype) -> type[LowBitLinear]:
+    """Return the fastest kernel for a layer of this format, shape and activation dtype on this machine."""
+    for kernel in KERNELS:
+        if kernel.unavailable_reason(format, out_features, dtype) is None:
+            return kernel
+    raise AssertionError("DequantizingLinear computes everything")
+
+
+def make_linear(weight: QuantizedWeight, dtype: torch.dtype) -> LowBitLinear:
+    """Pack `weight` for the chosen kernel; `dtype` is that of the activations."""
+    return choose_kernel(weight.format, len(weight.codes), dtype)(weight, dtype)
+
+
+def summarize(linears: Sequence[LowBitLinear]) -> Iterator[str]:
+    """One line for each pair of format and kernel in use, with what it costs where no fast kernel was found."""
+    for (format, kernel), count in Counter((linear.format.name, linear.kernel) for linear in linears).items():
+        line = f"{format}: {count} layers use the kernel {kernel}"
+        if kernel == DequantizingLinear.kernel:
+            line += (
+                ", which saves memory but no time: each call first writes the weight out in full precision, in parts"
+            )
+        yield line

@@ -1,0 +1,105 @@
+"""The quantization methods as vLLM knows them: a class for each format, which says how each layer is quantized."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+from ipex_vllm.low_bit.formats import FORMATS, Format
+from ipex_vllm.low_bit.readers import ipex_llm, ours
+from ipex_vllm.low_bit.vllm.linear import EmbeddingMethod, LowBitMethod, OpenSaved, QuantizeOnLoad
+from ipex_vllm.low_bit.vllm.progress import Progress
+
+# vLLM configures the loggers below its own name only.
+logger = init_logger(f"vllm.{__name__}")
+
+
+class LowBitConfig(QuantizationConfig):  # type: ignore[misc]
+    """Quantize every linear layer and the output head while the checkpoint loads; embeddings stay as they are."""
+
+    format: ClassVar[Format]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.progress = Progress(self.format)
+        self.method: type[LowBitMethod] = QuantizeOnLoad
+
+    @classmethod
+    def get_name(cls) -> str:
+        return f"ipex_{cls.format.name}"
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        raise NotImplementedError("CUDA GPUs are not supported; vLLM asks for this on no other device")
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> LowBitConfig:
+        self = cls()
+        self.method = OpenSaved
+        return self
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Take the checkpoints that `save.save` wrote, unless the user prefers the other layout they follow.
+
+        Raises ValueError if the user asks for another format than theirs.
+        """
+        if hf_quant_cfg.get(ours.MARK) != cls.format.name or user_quant == hf_quant_cfg["quant_method"]:
+            return None
+        if user_quant is not None and user_quant != cls.get_name():
+            raise ValueError(already_quantized(cls.format.name, user_quant))
+        return cls.get_name()
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        saved_in = getattr(hf_config, ipex_llm.MARK, None)
+        if saved_in is not None and saved_in != self.format.name:
+            raise ValueError(already_quantized(saved_in, self.get_name()))
+        # The loader of ipex-llm's checkpoints hands out blocks of 4 bits as they are, and others dequantized.
+        if saved_in is not None and self.format.bits == 4:
+            self.method = OpenSaved
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, LinearBase | ParallelLMHead):
+            return self.method(self.format, self.progress, prefix)
+        if isinstance(layer, VocabParallelEmbedding):
+            return EmbeddingMethod()
+        if isinstance(layer, RoutedExperts):
+            logger.warning("%s: mixture-of-experts weights are not quantized", prefix)
+            return UnquantizedFusedMoEMethod(layer.moe_config)
+        return None
+
+
+def _config_class(format: Format) -> type[LowBitConfig]:
+    """The class of a format, under a name of this module: vLLM pickles its objects for the processes it starts."""
+    name = f"Ipex{format.name.title().replace('_', '')}Config"
+    config_class = type(name, (LowBitConfig,), {"format": format, "__module__": __name__, "__qualname__": name})
+    globals()[name] = config_class
+    return config_class
+
+
+CONFIGS = tuple(_config_class(format) for format in FORMATS.values() if format.kind != "dtype")
+
+
+def already_quantized(format_name: str, asked_for: str) -> str:
+    return (
+        f"the checkpoint is already quantized ({format_name}): leave --quantization {asked_for} out to serve it as it "
+        "is, or give the original checkpoint"
+    )

@@ -1,0 +1,177 @@
+"""What vLLM does with a linear layer: making its parameters, packing them for a kernel, and calling that."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
+from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScaleParameter, ModelWeightParameter
+
+from ipex_vllm.low_bit.formats import Format
+from ipex_vllm.low_bit.layout import from_tensors, meta_tensors
+from ipex_vllm.low_bit.linear import make_linear
+from ipex_vllm.low_bit.memory import forget_pages
+from ipex_vllm.low_bit.quantize import QuantizedWeight, quantize, unsuitable_reason
+from ipex_vllm.low_bit.vllm.progress import Progress
+
+# vLLM configures the loggers below its own name only.
+logger = init_logger(f"vllm.{__name__}")
+
+
+class EmbeddingMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
+    """An embedding as it is. vLLM would pack a second copy of it for a matmul that only an output head does."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        pass
+
+
+def forgetting(weight_loader: Callable[..., None]) -> Callable[..., None]:
+    """The weight loader, after which a mapped checkpoint's tensor no longer takes memory."""
+
+    @functools.wraps(weight_loader)
+    def load(param: nn.Parameter, loaded_weight: torch.Tensor, *arguments: Any, **options: Any) -> None:
+        weight_loader(param, loaded_weight, *arguments, **options)
+        forget_pages(loaded_weight)
+
+    return load
+
+
+class LowBitMethod(LinearMethodBase):  # type: ignore[misc]
+    """Packs its layer for its kernel as soon as the last of its weights has been read, one layer at a time."""
+
+    # Makes vLLM finish the layers whose weights did not all come from the checkpoint: padded or tied output heads.
+    uses_meta_device = True
+
+    def __init__(self, format: Format, progress: Progress, prefix: str) -> None:
+        self.format = format
+        self.progress = progress
+        self.prefix = prefix
+        self.embedding_layer: Any = None
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        weight_loader: Any,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        if reason := unsuitable_reason(self.format, self.unsplit_inputs(input_size, input_size_per_partition)):
+            logger.warning("%s stays in %s: %s", self.prefix, params_dtype, reason)
+            is_head = isinstance(layer, ParallelLMHead)
+            layer.quant_method = UnquantizedEmbeddingMethod() if is_head else UnquantizedLinearMethod()
+            layer.quant_method.create_weights(
+                layer,
+                input_size_per_partition,
+                output_partition_sizes,
+                input_size,
+                output_size,
+                params_dtype,
+                weight_loader=weight_loader,
+                **extra_weight_attrs,
+            )
+            return
+        layer.low_bit_dtype = params_dtype
+        for name, parameter in self.parameters(
+            sum(output_partition_sizes), input_size_per_partition, params_dtype, forgetting(weight_loader)
+        ):
+            layer.register_parameter(name, parameter)
+        initialize_online_processing(layer)
+        self.progress.expect_layer()
+
+    def unsplit_inputs(self, input_size: int, input_size_per_partition: int) -> int:
+        """How many inputs the groups have to divide."""
+        raise NotImplementedError
+
+    def parameters(
+        self, out_features: int, in_features: int, dtype: torch.dtype, weight_loader: Any
+    ) -> Iterator[tuple[str, BasevLLMParameter]]:
+        """The parameters, on the meta device, that the checkpoint's tensors are loaded into."""
+        raise NotImplementedError
+
+    def quantized_weight(self, layer: Any) -> QuantizedWeight:
+        """The layer's weight, from the parameters just loaded."""
+        raise NotImplementedError
+
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
+        self.embedding_layer = embed_tokens
+        self.drop_parameters(layer)
+        return layer
+
+    def drop_parameters(self, layer: Any) -> None:
+        for name in list(layer._parameters):
+            # vLLM adds the bias itself, and loads the shape once more for each part of a merged layer.
+            if name not in ("bias", "weight_shape"):
+                delattr(layer, name)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        # vLLM calls this once when the layer is complete, and for all layers at the end.
+        if hasattr(layer, "low_bit"):
+            return
+        if self.embedding_layer is not None:
+            weight = quantize(self.embedding_layer.weight.detach(), self.format)
+        else:
+            weight = self.quantized_weight(layer)
+            self.drop_parameters(layer)
+        layer.low_bit = make_linear(weight, layer.low_bit_dtype)
+        self.progress.finish_layer(layer.low_bit)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        y: torch.Tensor = layer.low_bit(x, bias)
+        return y
+
+
+@register_weight_loader_v2_supported_method
+class QuantizeOnLoad(LowBitMethod):
+    """For a checkpoint in full precision. Each rank quantizes its own part of a layer."""
+
+    def unsplit_inputs(self, input_size: int, input_size_per_partition: int) -> int:
+        return input_size_per_partition
+
+    def parameters(
+        self, out_features: int, in_features: int, dtype: torch.dtype, weight_loader: Any
+    ) -> Iterator[tuple[str, BasevLLMParameter]]:
+        data = torch.empty((out_features, in_features), dtype=dtype, device="meta")
+        yield "weight", ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=weight_loader)
+
+    def quantized_weight(self, layer: Any) -> QuantizedWeight:
+        return quantize(layer.weight.detach(), self.format)
+
+
+@register_weight_loader_v2_supported_method
+class OpenSaved(LowBitMethod):
+    """For a checkpoint whose layers are stored as `layout.to_tensors` lays them out."""
+
+    def unsplit_inputs(self, input_size: int, input_size_per_partition: int) -> int:
+        # What was left unquantized when it was saved, whatever the ranks there are now.
+        return input_size
+
+    def parameters(
+        self, out_features: int, in_features: int, dtype: torch.dtype, weight_loader: Any
+    ) -> Iterator[tuple[str, BasevLLMParameter]]:
+        if reason := unsuitable_reason(self.format, in_features):
+            raise ValueError(f"{self.prefix} cannot be split over so many ranks: {reason}")
+        for name, like in meta_tensors(self.format, out_features, in_features).items():
+            if name == "weight_shape":
+                yield name, BasevLLMParameter(data=like, weight_loader=weight_loader)
+            elif name == "weight_scale" and self.format.group_size is None:
+                yield name, ChannelQuantScaleParameter(data=like, output_dim=0, weight_loader=weight_loader)
+            else:
+                yield name, ModelWeightParameter(data=like, input_dim=1, output_dim=0, weight_loader=weight_loader)
+
+    def quantized_weight(self, layer: Any) -> QuantizedWeight:
+        return from_tensors(self.format, {name: tensor.detach() for name, tensor in layer.named_parameters()})
