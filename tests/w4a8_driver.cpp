@@ -1,6 +1,6 @@
 // Runs every kernel this CPU can run against a plain loop, on buffers of exactly the needed size: under
 // AddressSanitizer a read or write past an end stops it. The results have to be the same bits.
-#include "w4a8.h"
+#include "w4a8/w4a8.h"
 
 #include <cmath>
 #include <cstdio>
@@ -82,7 +82,7 @@ int main() {
                             for (const int threads : {1, 3}) {
                                 std::fill(out.begin(), out.end(), NAN);
                                 if (w4a8_linear(x.data(), packed.data(), added, out.data(), rows, outputs, inputs, group,
-                                                symmetric, kFloat32, kFloat32, isa, threads) ||
+                                                symmetric, common::kFloat32, common::kFloat32, isa, threads) ||
                                     std::memcmp(out.data(), expected.data(), out.size() * 4)) {
                                     std::printf("isa %d: %ld x %ld, group %ld, symmetric %d, rows %ld differ\n", isa,
                                                 long(outputs), long(inputs), long(group), symmetric, long(rows));

@@ -1,7 +1,7 @@
 // Runs every fp8 kernel this CPU can run against a plain loop, on buffers of exactly the needed size: under
 // AddressSanitizer a read or write past an end stops it. With float32 activations the results have to be the same
 // bits; kAvx512Bf16 adds in an order of its own.
-#include "w8a16.h"
+#include "w8a16/w8a16.h"
 
 #include <cmath>
 #include <cstdio>
@@ -52,8 +52,8 @@ int main() {
     std::mt19937 random(0);
     std::normal_distribution<float> normal;
     std::vector<int> isas{kAvx2};
-    if (w8a16_isa(w4a8::kFloat32) == kAvx512) isas.push_back(kAvx512);
-    if (w8a16_isa(w4a8::kBFloat16) == kAvx512Bf16) isas.push_back(kAvx512Bf16);
+    if (w8a16_isa(common::kFloat32) == kAvx512) isas.push_back(kAvx512);
+    if (w8a16_isa(common::kBFloat16) == kAvx512Bf16) isas.push_back(kAvx512Bf16);
     int checked = 0;
     for (const Format format : {kE4M3, kE5M2})
         for (const int64_t outputs : {1, 31, 32, 33, 80})
@@ -87,10 +87,10 @@ int main() {
                             std::vector<uint16_t> narrow_out(is_narrow ? out.size() : 0);
                             const void *from = is_narrow ? static_cast<const void *>(narrow.data()) : x.data();
                             void *to = is_narrow ? static_cast<void *>(narrow_out.data()) : out.data();
-                            const int dtype = is_narrow ? w4a8::kBFloat16 : w4a8::kFloat32;
+                            const int dtype = is_narrow ? common::kBFloat16 : common::kFloat32;
                             std::fill(out.begin(), out.end(), NAN);
                             bool right = !w8a16_linear(from, packed.data(), rows % 2 ? bias.data() : nullptr, to, rows,
-                                                       outputs, inputs, format, dtype, w4a8::kFloat32, isa, threads);
+                                                       outputs, inputs, format, dtype, common::kFloat32, isa, threads);
                             if (is_narrow)
                                 for (size_t i = 0; i < out.size(); ++i)
                                     right &= std::fabs(bfloat16(narrow_out[i]) - expected[i]) <=

@@ -12,8 +12,8 @@
 #include <utility>
 #include <vector>
 
-#include "w4a8.h"
-#include "w8a16.h"
+#include "w4a8/w4a8.h"
+#include "w8a16/w8a16.h"
 
 namespace {
 
@@ -93,9 +93,9 @@ class Tensor {
     // What the kernels call its dtype; -1 for one they do not take.
     int32_t dtype() const {
         const int32_t dtype = torch_dtype();
-        return dtype == torch.float32()    ? w4a8::kFloat32
-               : dtype == torch.float16()  ? w4a8::kFloat16
-               : dtype == torch.bfloat16() ? w4a8::kBFloat16
+        return dtype == torch.float32()    ? common::kFloat32
+               : dtype == torch.float16()  ? common::kFloat16
+               : dtype == torch.bfloat16() ? common::kBFloat16
                                            : -1;
     }
 
@@ -141,8 +141,8 @@ struct Linear {
     Linear(const Value *stack)
         : x(take_tensor(stack[0])), packed(take_tensor(stack[1])), bias(take_optional_tensor(stack[2])),
           outputs(int64_t(stack[3])), sizes(x.sizes()), inputs(sizes.empty() ? 0 : sizes.back()), dtype(x.dtype()),
-          bias_dtype(bias ? bias.dtype() : w4a8::kFloat32) {
-        if (dtype < 0 || (bias_dtype != dtype && bias_dtype != w4a8::kFloat32))
+          bias_dtype(bias ? bias.dtype() : common::kFloat32) {
+        if (dtype < 0 || (bias_dtype != dtype && bias_dtype != common::kFloat32))
             fail("the kernels take float32, float16 or bfloat16, and a bias of that dtype or float32");
         if (sizes.empty()) fail("the kernels take [..., K], not a scalar");
         if (bias && bias.numel() != outputs)

@@ -1,5 +1,5 @@
 // Compiled with AVX2, FMA, F16C and AVX-VNNI.
-#include "vector256.h"
+#include "w4a8/vector256.h"
 
 namespace w4a8 {
 namespace {

@@ -1,9 +1,9 @@
-// The fp8 kernel, written once over a vector type V; each instruction set's file instantiates it. As in kernel.h,
-// whose loads and stores it uses, everything is in an unnamed namespace.
+// The kernel, written once over a vector type V; each instruction set's file instantiates it. As in common/tile.h,
+// everything is in an unnamed namespace.
 #pragma once
 
-#include "kernel.h"
-#include "w8a16.h"
+#include "common/tile.h"
+#include "w8a16/w8a16.h"
 
 namespace w8a16 {
 namespace {
@@ -12,7 +12,7 @@ namespace {
 // V::parts sums, side by side.
 template <class V, Format E, int R>
 void accumulate(const uint8_t *line, int64_t count, const typename V::Value *x, int64_t stride, int slice,
-                w4a8::Ahead &ahead, float *totals) {
+                common::Ahead &ahead, float *totals) {
     constexpr int row_totals = V::parts * kTileOutputs;
     totals += slice * V::vectors * V::lanes;
     typename V::F total[R][V::vectors];
@@ -39,15 +39,6 @@ void accumulate(const uint8_t *line, int64_t count, const typename V::Value *x, 
         for (int c = 0; c < V::vectors; ++c) V::store_float(totals + r * row_totals + c * V::lanes, total[r][c]);
 }
 
-template <class V, Format E, int R = V::max_rows>
-void accumulate_rows(int64_t rows, const uint8_t *line, int64_t count, const typename V::Value *x, int64_t stride,
-                     w4a8::Ahead &ahead, float *totals) {
-    if constexpr (R > 1)
-        if (rows < R) return accumulate_rows<V, E, R - 1>(rows, line, count, x, stride, ahead, totals);
-    for (int slice = 0; slice < V::slices; ++slice)
-        accumulate<V, E, R>(line, count, x, stride, slice, ahead, totals);
-}
-
 // The tile's sums for rows [begin, end). A stretch of the weights that fits the first-level cache is used for all
 // rows and slices before the next one is read, so that the weights come from memory once.
 template <class V, Format E>
@@ -58,58 +49,40 @@ void accumulate_tile(const Weights &w, const Activations &a, int64_t tile, int64
     for (int64_t i = 0; i < w.lines(); i += step) {
         const int64_t count = w.lines() - i < step ? w.lines() - i : step;
         const uint8_t *line = w.tile(tile) + kScalesBytes + i * kLineBytes;
-        w4a8::Ahead ahead{line + (passes == 1 ? kPrefetchBytes : count * kLineBytes), (kLineBytes + passes - 1) / passes};
-        // Blocks of rows differ by at most one row, so that none is left nearly empty.
-        for (int64_t row = begin, left = row_blocks; left > 0; --left) {
-            const int64_t rows = (end - row + left - 1) / left;
-            accumulate_rows<V, E>(rows, line, count, x + row * a.stride + 2 * i, a.stride, ahead,
-                                  totals + (row - begin) * V::parts * kTileOutputs);
-            row += rows;
-        }
-    }
-}
-
-template <class V>
-void finish(const Weights &w, const Output &out, int64_t tile, int64_t begin, int64_t end, const float *totals) {
-    const int64_t first = tile * kTileOutputs;
-    const int64_t valid = w.outputs - first < kTileOutputs ? w.outputs - first : kTileOutputs;
-    const int64_t element = w4a8::element_bytes(out.dtype);
-
-    alignas(64) char bias[kTileOutputs * 4] = {};
-    if (out.bias) {
-        const int64_t bias_element = w4a8::element_bytes(out.bias_dtype);
-        std::memcpy(bias, static_cast<const char *>(out.bias) + first * bias_element, valid * bias_element);
-    }
-    for (int64_t row = begin; row < end; ++row, totals += V::parts * kTileOutputs) {
-        char *to = static_cast<char *>(out.data) + (row * w.outputs + first) * element;
-        alignas(64) char last[kTileOutputs * 4];
-        char *whole = valid == kTileOutputs ? to : last;
-        for (int i = 0; i < kTileOutputs; i += V::lanes)
-            w4a8::store<V>(whole, out.dtype, i,
-                           V::fma(V::load_float(w.tile(tile) + 4 * i), V::total(totals + V::parts * i),
-                                  w4a8::load<V>(bias, out.bias_dtype, i)));
-        if (whole == last) std::memcpy(to, last, valid * element);
+        common::Ahead ahead{line + (passes == 1 ? common::kPrefetchBytes : count * kLineBytes),
+                            (kLineBytes + passes - 1) / passes};
+        common::for_row_blocks(begin, end, row_blocks, [&](int64_t row, int64_t rows) {
+            common::with_constant<V::max_rows>(rows, [&](auto R) {
+                for (int slice = 0; slice < V::slices; ++slice)
+                    accumulate<V, E, R>(line, count, x + row * a.stride + 2 * i, a.stride, slice, ahead,
+                                        totals + (row - begin) * V::parts * kTileOutputs);
+            });
+        });
     }
 }
 
 template <class V>
 void multiply(const Weights &w, const Activations &a, const Output &out, int64_t tile, int64_t begin, int64_t end) {
-    alignas(64) float totals[kMaxTaskRows * V::parts * kTileOutputs];
+    alignas(64) float totals[common::kMaxTaskRows * V::parts * kTileOutputs];
     std::memset(totals, 0, (end - begin) * V::parts * kTileOutputs * sizeof(float));
     (w.format == kE4M3 ? accumulate_tile<V, kE4M3> : accumulate_tile<V, kE5M2>)(w, a, tile, begin, end, totals);
-    finish<V>(w, out, tile, begin, end, totals);
+    const uint8_t *scales = w.tile(tile);
+    common::write_tile<V>(out, w.outputs, tile, begin, end, [&](int64_t row, int i, typename V::F bias) {
+        const float *sums = totals + V::parts * ((row - begin) * kTileOutputs + i);
+        return V::fma(V::load_float(scales + 4 * i), V::total(sums), bias);
+    });
 }
 
 template <class V> void convert(const void *x, DType dtype, const Weights &w, const Activations &a, int64_t row) {
-    const int64_t element = w4a8::element_bytes(dtype);
+    const int64_t element = common::element_bytes(dtype);
     const char *from = static_cast<const char *>(x) + row * w.inputs * element;
     auto *to = reinterpret_cast<typename V::Value *>(a.values) + row * a.stride;
     int64_t k = 0;
-    for (; k + V::lanes <= w.inputs; k += V::lanes) V::store_values(to + k, w4a8::load<V>(from, dtype, k));
+    for (; k + V::lanes <= w.inputs; k += V::lanes) V::store_values(to + k, common::load<V>(from, dtype, k));
     if (k < w.inputs) {
         alignas(64) char last[V::lanes * 4] = {};
         std::memcpy(last, from + k * element, (w.inputs - k) * element);
-        V::store_values(to + k, w4a8::load<V>(last, dtype, 0));
+        V::store_values(to + k, common::load<V>(last, dtype, 0));
     }
 }
 

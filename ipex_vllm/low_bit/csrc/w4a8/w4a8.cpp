@@ -1,13 +1,11 @@
-#include "w4a8.h"
+#include "w4a8/w4a8.h"
 
-#include "buffer.h"
-#include "parallel.h"
+#include "common/buffer.h"
+#include "common/parallel.h"
 
 using namespace w4a8;
 
 namespace {
-
-int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 const Kernel &kernel(Isa isa) {
     return isa == kAvx512Vnni ? kAvx512VnniKernel : isa == kAvxVnni ? kAvxVnniKernel : kAvx2Kernel;
@@ -33,15 +31,16 @@ int32_t w4a8_linear(const void *x, const void *packed, const void *bias, void *o
     const Output output{out, DType(dtype), bias, DType(bias_dtype)};
 
     const int64_t stride = inputs + kRowPadding;
-    const int64_t codes_bytes = aligned(rows * stride), scales_bytes = aligned(rows * 4);
-    const Buffer buffer = allocate(codes_bytes + scales_bytes + rows * weights.groups() * kSumsBytes);
+    const int64_t codes_bytes = common::round_up(rows * stride, common::kCacheLine);
+    const int64_t scales_bytes = common::round_up(rows * 4, common::kCacheLine);
+    const common::Buffer buffer = common::allocate(codes_bytes + scales_bytes + rows * weights.groups() * kSumsBytes);
     if (!buffer) return -1;
     const Activations activations{reinterpret_cast<int8_t *>(buffer.get()),
                                   reinterpret_cast<float *>(buffer.get() + codes_bytes),
                                   buffer.get() + codes_bytes + scales_bytes, stride, weights.groups()};
 
-    prepare_and_multiply(
-        rows, weights.tiles(), kMaxTaskRows, threads,
+    common::prepare_and_multiply(
+        rows, weights.tiles(), threads,
         [&](int64_t row) { k.quantize(x, output.dtype, weights, activations, row); },
         [&](int64_t tile, int64_t begin, int64_t end) {
             k.multiply(weights, activations, output, tile, begin, end);

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-namespace w4a8 {
+namespace common {
 namespace {
 
 struct Floats512 {
@@ -32,4 +32,4 @@ struct Floats512 {
 };
 
 } // namespace
-} // namespace w4a8
+} // namespace common

@@ -1,7 +1,7 @@
-#include "w8a16.h"
+#include "w8a16/w8a16.h"
 
-#include "buffer.h"
-#include "parallel.h"
+#include "common/buffer.h"
+#include "common/parallel.h"
 
 using namespace w8a16;
 
@@ -15,7 +15,7 @@ const Kernel &kernel(Isa isa) {
 
 int32_t w8a16_isa(int32_t dtype) {
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-        return dtype == w4a8::kBFloat16 && __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
+        return dtype == common::kBFloat16 && __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
         return kNone;
     return kAvx2;
@@ -27,13 +27,13 @@ int32_t w8a16_linear(const void *x, const void *packed, const void *bias, void *
     const Weights weights{static_cast<const uint8_t *>(packed), outputs, inputs, Format(format)};
     const Output output{out, DType(dtype), bias, DType(bias_dtype)};
 
-    const int64_t stride = (inputs + 15) / 16 * 16 + kRowPadding;
-    const Buffer buffer = allocate(rows * stride * k.value_bytes);
+    const int64_t stride = common::round_up(inputs, 16) + kRowPadding;
+    const common::Buffer buffer = common::allocate(rows * stride * k.value_bytes);
     if (!buffer) return -1;
     const Activations activations{buffer.get(), stride};
 
-    prepare_and_multiply(
-        rows, weights.tiles(), kMaxTaskRows, threads,
+    common::prepare_and_multiply(
+        rows, weights.tiles(), threads,
         [&](int64_t row) { k.convert(x, output.dtype, weights, activations, row); },
         [&](int64_t tile, int64_t begin, int64_t end) {
             k.multiply(weights, activations, output, tile, begin, end);

@@ -1,13 +1,11 @@
 // Compiled with AVX2, FMA and F16C.
-#include "vector256.h"
-#include "w8a16_kernel.h"
+#include "common/floats256.h"
+#include "w8a16/kernel.h"
 
 namespace w8a16 {
 namespace {
 
-struct Nothing {}; // int4's dot product
-
-struct Avx2 : w4a8::Vector256<Nothing> {
+struct Avx2 : common::Floats256 {
     using Value = float;
     using Numbers = F;
     static constexpr int slices = 4, vectors = 2, parts = 2; // a slice is 8 outputs
@@ -32,7 +30,7 @@ struct Avx2 : w4a8::Vector256<Nothing> {
     static void store_values(float *to, F v) { store_float(to, v); }
 
   private:
-    // As in vector512.h.
+    // As in decode512.h.
     template <Format E> static __m256i halves(__m256i words) {
         if (E == kE5M2) return _mm256_and_si256(words, _mm256_set1_epi16(short(0xff00)));
         return _mm256_and_si256(_mm256_srai_epi16(words, 1), _mm256_set1_epi16(short(0xbf80)));

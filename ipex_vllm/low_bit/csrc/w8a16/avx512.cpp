@@ -1,5 +1,5 @@
 // Compiled with AVX-512 F, BW and VL.
-#include "w8a16_decode512.h"
+#include "w8a16/decode512.h"
 
 namespace w8a16 {
 namespace {

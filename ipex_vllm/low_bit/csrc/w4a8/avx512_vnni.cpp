@@ -1,11 +1,11 @@
 // Compiled with AVX-512 F, BW, VL and VNNI.
-#include "kernel.h"
-#include "vector512.h"
+#include "common/floats512.h"
+#include "w4a8/kernel.h"
 
 namespace w4a8 {
 namespace {
 
-struct Avx512Vnni : Floats512 {
+struct Avx512Vnni : common::Floats512 {
     using I = __m512i;
     using Dot = __m512i;
     static constexpr int bytes = 64, slices = 1;

@@ -1,17 +1,15 @@
 // The 256-bit vectors of AVX2; D multiplies codes by activations, which AVX-VNNI does in one instruction.
 #pragma once
 
-#include <immintrin.h>
-
-#include "kernel.h"
+#include "common/floats256.h"
+#include "w4a8/kernel.h"
 
 namespace w4a8 {
 namespace {
 
-template <class D> struct Vector256 : D {
+template <class D> struct Vector256 : D, common::Floats256 {
     using I = __m256i;
-    using F = __m256;
-    static constexpr int lanes = 8, bytes = 32, slices = 2;
+    static constexpr int bytes = 32, slices = 2;
     static constexpr int high_factor = 1; // sums of 16 bits have no room for high nibbles where they stand
 
     static I zero() { return _mm256_setzero_si256(); }
@@ -24,29 +22,9 @@ template <class D> struct Vector256 : D {
         return _mm256_set1_epi32(word);
     }
 
-    static F load_float(const void *p) { return _mm256_loadu_ps(static_cast<const float *>(p)); }
-    static F load_half(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i *>(p))); }
-    static F load_bfloat16(const void *p) {
-        const I words = _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i *>(p)));
-        return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
-    }
-    static void store_float(void *p, F v) { _mm256_storeu_ps(static_cast<float *>(p), v); }
-    static void store_half(void *p, F v) {
-        _mm_storeu_si128(static_cast<__m128i *>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-    }
-    static void store_bfloat16(void *p, F v) {
-        const I bits = _mm256_castps_si256(v);
-        const I odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-        const I rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-        const I nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-        const I words = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
-        _mm_storeu_si128(static_cast<__m128i *>(p),
-                         _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
-    }
     static F broadcast_float(const void *p) { return _mm256_castsi256_ps(broadcast(p)); }
     static F to_float(I v) { return _mm256_cvtepi32_ps(v); }
     static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
-    static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 
     static I max_magnitude(I largest, F v) {
         return _mm256_max_epi32(largest, _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff)));

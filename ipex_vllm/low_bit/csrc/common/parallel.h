@@ -4,11 +4,15 @@
 #include <algorithm>
 #include <cstdint>
 
-// prepare(row) for every row, then multiply(tile, begin, end) for every tile and all rows, at most max_rows at a time.
+#include "common/types.h"
+
+namespace common {
+
+// prepare(row) for every row, then multiply(tile, begin, end) for every tile and all rows, at most kMaxTaskRows at a time.
 template <class Prepare, class Multiply>
-void prepare_and_multiply(int64_t rows, int64_t tiles, int64_t max_rows, int32_t threads, const Prepare &prepare,
+void prepare_and_multiply(int64_t rows, int64_t tiles, int32_t threads, const Prepare &prepare,
                           const Multiply &multiply) {
-    const int64_t tasks = (rows + max_rows - 1) / max_rows * tiles;
+    const int64_t tasks = (rows + kMaxTaskRows - 1) / kMaxTaskRows * tiles;
     // Guided: one core of a small machine is often busy with something else. What a thread takes is contiguous, for
     // the prefetcher. A result depends neither on the thread that computed it nor on what else is in the batch.
 #pragma omp parallel num_threads(threads)
@@ -17,8 +21,10 @@ void prepare_and_multiply(int64_t rows, int64_t tiles, int64_t max_rows, int32_t
         for (int64_t row = 0; row < rows; ++row) prepare(row);
 #pragma omp for schedule(guided) nowait
         for (int64_t task = 0; task < tasks; ++task) {
-            const int64_t begin = task / tiles * max_rows;
-            multiply(task % tiles, begin, std::min(rows, begin + max_rows));
+            const int64_t begin = task / tiles * kMaxTaskRows;
+            multiply(task % tiles, begin, std::min(rows, begin + kMaxTaskRows));
         }
     }
 }
+
+} // namespace common

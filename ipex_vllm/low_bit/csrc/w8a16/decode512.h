@@ -1,13 +1,13 @@
 // 8-bit floats to 512-bit vectors of float32, with AVX-512 F, BW and VL.
 #pragma once
 
-#include "vector512.h"
-#include "w8a16_kernel.h"
+#include "common/floats512.h"
+#include "w8a16/kernel.h"
 
 namespace w8a16 {
 namespace {
 
-struct Decode512 : w4a8::Floats512 {
+struct Decode512 : common::Floats512 {
     // A line as four vectors of numbers: each holds the two inputs of eight outputs, side by side.
     template <Format E> static void decode_floats(const uint8_t *line, F *numbers) {
         const __m512i high = _mm512_loadu_si512(line), low = _mm512_slli_epi16(high, 8);

@@ -2,21 +2,21 @@
 // docs/kernels.md draws the packed layout and explains the loop.
 #pragma once
 
-#include <cstdint>
+#include "common/types.h"
 
 namespace w4a8 {
 
-constexpr int kTileOutputs = 32;    // outputs in one tile: the low and the high nibbles of one 64-byte line
+using common::DType;
+using common::kTileOutputs; // the low and the high nibbles of one 64-byte line
+using common::Output;
+
 constexpr int kLineBytes = 64;      // one packed line: 4 consecutive inputs of 32 outputs
 constexpr int kTermBytes = 64;      // 32 float16 scales (or minima): one per output of the tile
 constexpr int kBlockInputs = 32;    // the smallest group, and the step in which a kernel walks a group
 constexpr int kStretchInputs = 512; // inputs of a tile that are used for all rows at once: 9 KiB of weights
-constexpr int kPrefetchBytes = 4096; // how far ahead a tile is fetched when it is used only once
-constexpr int kMaxTaskRows = 128;   // rows in one task: their sums take 16 KiB
 constexpr int kSumsBytes = 8;       // what the weights' constant part needs of one row and group
 constexpr int kRowPadding = 64;     // bytes between quantized rows, so that rows do not meet in the same cache set
 
-enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 enum Isa : int32_t { kNone = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512Vnni = 3 };
 
 struct Weights {
@@ -41,13 +41,6 @@ struct Activations {
                    // the same times the kernel's high_factor for the outputs in the high nibbles
     int64_t stride;
     int64_t groups;
-};
-
-struct Output {
-    void *data; // [rows, outputs] of dtype
-    DType dtype;
-    const void *bias; // [outputs] of bias_dtype, or null
-    DType bias_dtype;
 };
 
 // What one instruction set offers; every set gives the same bits.

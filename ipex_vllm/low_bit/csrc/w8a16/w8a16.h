@@ -2,21 +2,17 @@
 // docs/kernels.md draws the packed layout and explains the loop.
 #pragma once
 
-#include <cstdint>
-
-#include "w4a8.h"
+#include "common/types.h"
 
 namespace w8a16 {
 
-using w4a8::DType;
-using w4a8::Output;
+using common::DType;
+using common::kTileOutputs;
+using common::Output;
 
-constexpr int kTileOutputs = 32;
 constexpr int kScalesBytes = 128;    // 32 float32 scales: one per output of the tile
 constexpr int kLineBytes = 64;       // one packed line: 2 consecutive inputs of 32 outputs
 constexpr int kStretchLines = 128;   // lines of a tile that are used for all rows at once: 8 KiB of weights
-constexpr int kPrefetchBytes = 4096; // how far ahead a tile is fetched when it is used only once
-constexpr int kMaxTaskRows = 128;    // rows in one task: their sums take up to 32 KiB
 constexpr int kRowPadding = 16;      // activations between rows, so that rows do not meet in the same cache set
 
 enum Format : int32_t { kE4M3 = 0, kE5M2 = 1 };

@@ -1,0 +1,79 @@
+// What the kernels do alike with one tile of packed weights, over a vector type V: fetch ahead, split rows into blocks
+// that the registers hold, load and store every dtype. Everything is in an unnamed namespace: each file is compiled for
+// another machine, and no function of one may be linked in place of another's.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "common/types.h"
+
+namespace common {
+namespace {
+
+// Where the packed bytes of the near future are. Each line that is computed fetches a little of them, so that memory is
+// read evenly and not only while codes are unpacked. A prefetch past the end of the weights is no access.
+struct Ahead {
+    const uint8_t *next;
+    int64_t bytes_per_line;
+
+    void fetch() {
+        __builtin_prefetch(next);
+        next += bytes_per_line;
+    }
+};
+
+// call(R) with `rows`, 1 to R, as a constant.
+template <int R, class Call> void with_constant(int64_t rows, const Call &call) {
+    if constexpr (R > 1)
+        if (rows < R) return with_constant<R - 1>(rows, call);
+    call(std::integral_constant<int, R>{});
+}
+
+// call(row, rows) for `blocks` blocks of the rows [begin, end), which differ by at most one row, so that none is left
+// nearly empty.
+template <class Call> void for_row_blocks(int64_t begin, int64_t end, int64_t blocks, const Call &call) {
+    for (int64_t row = begin, left = blocks; left > 0; --left) {
+        const int64_t rows = (end - row + left - 1) / left;
+        call(row, rows);
+        row += rows;
+    }
+}
+
+template <class V> typename V::F load(const void *p, DType dtype, int64_t i) {
+    if (dtype == kFloat32) return V::load_float(static_cast<const float *>(p) + i);
+    const uint16_t *words = static_cast<const uint16_t *>(p) + i;
+    return dtype == kFloat16 ? V::load_half(words) : V::load_bfloat16(words);
+}
+
+template <class V> void store(void *p, DType dtype, int64_t i, typename V::F value) {
+    if (dtype == kFloat32) return V::store_float(static_cast<float *>(p) + i, value);
+    uint16_t *words = static_cast<uint16_t *>(p) + i;
+    return dtype == kFloat16 ? V::store_half(words, value) : V::store_bfloat16(words, value);
+}
+
+// out[row, i] = result(row, i, bias) for the tile's outputs, of which the last ones may not exist. `result` gives
+// V::lanes outputs from the i-th of the tile on.
+template <class V, class Result>
+void write_tile(const Output &out, int64_t outputs, int64_t tile, int64_t begin, int64_t end, const Result &result) {
+    const int64_t first = tile * kTileOutputs;
+    const int64_t valid = outputs - first < kTileOutputs ? outputs - first : kTileOutputs;
+    const int64_t element = element_bytes(out.dtype);
+
+    alignas(64) char bias[kTileOutputs * 4] = {};
+    if (out.bias) {
+        const int64_t bias_element = element_bytes(out.bias_dtype);
+        std::memcpy(bias, static_cast<const char *>(out.bias) + first * bias_element, valid * bias_element);
+    }
+    for (int64_t row = begin; row < end; ++row) {
+        char *to = static_cast<char *>(out.data) + (row * outputs + first) * element;
+        alignas(64) char last[kTileOutputs * 4];
+        char *whole = valid == kTileOutputs ? to : last;
+        for (int i = 0; i < kTileOutputs; i += V::lanes)
+            store<V>(whole, out.dtype, i, result(row, i, load<V>(bias, out.bias_dtype, i)));
+        if (whole == last) std::memcpy(to, last, valid * element);
+    }
+}
+
+} // namespace
+} // namespace common
