@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, Gene
 from benchmarks.machine import describe_machine
 from benchmarks.options import run_main
 from benchmarks.output import number, print_json_line, print_table
-from ipex_vllm import cpu
 from ipex_vllm.low_bit.hf import quantize_model
+from ipex_vllm.plan import cpu
 
 MODES = ("growing cache", "static cache", "static cache, compiled")
 

@@ -24,8 +24,8 @@ import torch
 
 from benchmarks.machine import describe_machine
 from benchmarks.options import run_main
-from ipex_vllm import cpu
 from ipex_vllm.low_bit.kernels import w4a8
+from ipex_vllm.plan import cpu
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 

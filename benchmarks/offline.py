@@ -33,10 +33,12 @@ from benchmarks.statistics import paired_ratio
 from benchmarks.systems import launch
 from benchmarks.systems.base import ROOT
 from benchmarks.workload import PromptWriter
-from ipex_vllm import cpu, worker
-from ipex_vllm.engine import Engine, EngineError
+from ipex_vllm import worker
+from ipex_vllm.engines.engine import Engine
+from ipex_vllm.errors import EngineError
 from ipex_vllm.options import Parser, from_namespace, option
-from ipex_vllm.protocol import GenerateRequest, WorkerError
+from ipex_vllm.plan import cpu
+from ipex_vllm.serving.protocol import GenerateRequest, WorkerError
 
 METRICS = ("output_tps", "ttft_s.p50", "tpot_s.p50")
 

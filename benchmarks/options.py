@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 
 from ipex_vllm import options as shared
-from ipex_vllm.options import OptionError
+from ipex_vllm.errors import OptionError
 
 T = TypeVar("T")
 

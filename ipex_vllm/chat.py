@@ -18,8 +18,9 @@ from typing import Any
 import httpx
 from rich.console import Console
 
-from ipex_vllm.conversation import render_conversation
-from ipex_vllm.options import OptionError, Parser, add_options, from_namespace, layered_arguments, option
+from ipex_vllm.errors import OptionError
+from ipex_vllm.options import Parser, add_options, from_namespace, layered_arguments, option
+from ipex_vllm.serving.conversation import render_conversation
 
 Message = dict[str, str]
 

@@ -20,16 +20,14 @@ from typing import Any, Literal, NoReturn
 
 import yaml
 
+from ipex_vllm.errors import OptionError
+
 ENVIRONMENT_PREFIX = "IPEX_VLLM_"
 CONFIG_VARIABLE = f"{ENVIRONMENT_PREFIX}CONFIG"
 TRUE_WORDS, FALSE_WORDS = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 # Formats that only choose the dtype. All others quantize the weights; see ipex_vllm.low_bit.
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-
-
-class OptionError(Exception):
-    """A wrong option; the message is the one line that the user sees."""
 
 
 def option(help: str, default: Any = MISSING, *, aliases: Sequence[str] = (), secret: bool = False) -> Any:

@@ -27,11 +27,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
+from ipex_vllm.errors import OptionError
 from ipex_vllm.lifetime import die_with_parent
 from ipex_vllm.options import (
     CONFIG_VARIABLE,
     ENVIRONMENT_PREFIX,
-    OptionError,
     Parser,
     add_options,
     config_path,

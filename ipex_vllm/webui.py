@@ -15,7 +15,8 @@ from pathlib import Path
 
 import httpx
 
-from ipex_vllm.options import OptionError, Parser, add_options, from_namespace, layered_arguments, option
+from ipex_vllm.errors import OptionError
+from ipex_vllm.options import Parser, add_options, from_namespace, layered_arguments, option
 
 ROOT = Path(__file__).parents[1]
 SERVER = Path(__file__).with_name("webui_server.py")

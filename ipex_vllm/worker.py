@@ -21,27 +21,21 @@ from typing import Any
 
 import uvicorn
 
-from ipex_vllm import cpu, xpu
-from ipex_vllm.controller import ControllerClient
-from ipex_vllm.conversation import check_template_name, choose_chat_format
 from ipex_vllm.demo import resolve_model_path
-from ipex_vllm.engine import Engine, EngineError
+from ipex_vllm.engines.engine import Engine
+from ipex_vllm.errors import EngineError, OptionError
 from ipex_vllm.lifetime import die_with_parent
-from ipex_vllm.options import (
-    OptionError,
-    Parser,
-    WorkerOptions,
-    add_options,
-    from_namespace,
-    layered_arguments,
-)
-from ipex_vllm.protocol import GenerateRequest
-from ipex_vllm.server import Slots, WorkerServer
+from ipex_vllm.options import Parser, WorkerOptions, add_options, from_namespace, layered_arguments
+from ipex_vllm.plan import cpu, xpu
+from ipex_vllm.serving.controller import ControllerClient
+from ipex_vllm.serving.conversation import check_template_name, choose_chat_format
+from ipex_vllm.serving.fastchat import Slots, WorkerServer
+from ipex_vllm.serving.protocol import GenerateRequest
 
 logger = logging.getLogger("ipex_vllm.worker")  # __name__ is "__main__" where it matters
 
 # Engine modules import a model library's world, so they are named here and imported when chosen.
-ENGINES = {"vllm": "ipex_vllm.vllm_engine:VllmEngine", "ipex-llm": "ipex_vllm.ipex_llm_engine:IpexLlmEngine"}
+ENGINES = {"vllm": "ipex_vllm.engines.vllm:VllmEngine", "ipex-llm": "ipex_vllm.engines.ipex_llm:IpexLlmEngine"}
 
 EXIT_USAGE = 2
 EXIT_ENGINE = 1

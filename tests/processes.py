@@ -16,7 +16,7 @@ from typing import Self
 import httpx
 import psutil
 
-from ipex_vllm.server import WorkerServer
+from ipex_vllm.serving.fastchat import WorkerServer
 from tests.support import free_port, serving
 
 ROOT = Path(__file__).parents[1]

@@ -16,12 +16,12 @@ from typing import Any
 import httpx
 import uvicorn
 
-from ipex_vllm.conversation import ChatFormat
 from ipex_vllm.demo import MODEL_DIR
-from ipex_vllm.engine import Engine
-from ipex_vllm.protocol import Delta, GenerateRequest, TokenLogprob
-from ipex_vllm.server import Slots, WorkerServer
-from ipex_vllm.tokenization import PromptEncoder
+from ipex_vllm.engines.engine import Engine
+from ipex_vllm.engines.tokenization import PromptEncoder
+from ipex_vllm.serving.conversation import ChatFormat
+from ipex_vllm.serving.fastchat import Slots, WorkerServer
+from ipex_vllm.serving.protocol import Delta, GenerateRequest, TokenLogprob
 
 
 def free_port() -> int:

@@ -11,8 +11,8 @@ import pexpect
 import pytest
 from fastchat.conversation import SeparatorStyle
 
-from ipex_vllm.conversation import ChatFormat
-from ipex_vllm.server import Slots, WorkerServer
+from ipex_vllm.serving.conversation import ChatFormat
+from ipex_vllm.serving.fastchat import Slots, WorkerServer
 from tests.processes import Stack, fastchat_stack
 from tests.support import FakeEngine, free_port, serving
 

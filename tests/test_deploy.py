@@ -16,9 +16,9 @@ import httpx
 import pytest
 import yaml
 
-from ipex_vllm.conversation import ChatFormat
 from ipex_vllm.options import WorkerOptions, from_namespace, layered_arguments
-from ipex_vllm.server import Slots, WorkerServer
+from ipex_vllm.serving.conversation import ChatFormat
+from ipex_vllm.serving.fastchat import Slots, WorkerServer
 from ipex_vllm.worker import make_parser
 from tests.processes import Program, fastchat_stack
 from tests.support import FakeEngine, free_port

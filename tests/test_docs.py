@@ -62,8 +62,8 @@ RUN_BY = {
     "python -m training.build_dataset --out .cache/demo-data": (
         "tests/test_demo.py::test_the_data_set_is_built_to_the_same_bytes_and_is_the_shipped_one"
     ),
-    ".venv/bin/python -m pytest tests/test_hf_parity.py -s": (
-        "tests/test_hf_parity.py::test_greedy_answers_are_vllms_up_to_numeric_ties"
+    ".venv/bin/python -m pytest tests/workers/test_hf_parity.py -s": (
+        "tests/workers/test_hf_parity.py::test_greedy_answers_are_vllms_up_to_numeric_ties"
     ),
 }
 

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from ipex_vllm.low_bit.kernels import native, w4a8, w8a16
 

@@ -15,16 +15,8 @@ import pytest
 import yaml
 
 from ipex_vllm import worker
-from ipex_vllm.engine import EngineError
-from ipex_vllm.options import (
-    OptionError,
-    Parser,
-    WorkerOptions,
-    add_options,
-    from_namespace,
-    layered_arguments,
-    option,
-)
+from ipex_vllm.errors import EngineError, OptionError
+from ipex_vllm.options import Parser, WorkerOptions, add_options, from_namespace, layered_arguments, option
 
 Layers = dict[str, Any]
 
@@ -52,7 +44,7 @@ def parse(tmp_path: Path) -> Callable[..., argparse.Namespace]:
 @pytest.fixture(scope="module")
 def engine_parser() -> argparse.ArgumentParser:
     """The worker's parser with every option of vLLM's AsyncEngineArgs."""
-    from ipex_vllm.vllm_engine import VllmEngine
+    from ipex_vllm.engines.vllm import VllmEngine
 
     parser = worker.make_parser(None)
     VllmEngine.add_arguments(parser)

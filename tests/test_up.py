@@ -11,7 +11,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from ipex_vllm.options import OptionError
+from ipex_vllm.errors import OptionError
 from ipex_vllm.up import Service, ServiceFailed, Supervisor, make_services, read_options, up, welcome
 from tests.support import FakeEngine, free_port, make_server, serving
 

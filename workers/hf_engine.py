@@ -23,14 +23,15 @@ from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from ipex_vllm.cpu import Plan
-from ipex_vllm.engine import Engine, EngineError, root_cause
+from ipex_vllm.engines.engine import Engine
+from ipex_vllm.engines.older_transformers import readable_model
+from ipex_vllm.engines.tokenization import PromptEncoder
+from ipex_vllm.errors import EngineError, root_cause
 from ipex_vllm.low_bit.formats import Format, resolve
 from ipex_vllm.low_bit.hf import quantize_model
-from ipex_vllm.older_transformers import readable_model
 from ipex_vllm.options import WorkerOptions
-from ipex_vllm.protocol import Delta, GenerateRequest, InternalError, InvalidParameter
-from ipex_vllm.tokenization import PromptEncoder
+from ipex_vllm.plan.cpu import Plan
+from ipex_vllm.serving.protocol import Delta, GenerateRequest, InternalError, InvalidParameter
 from workers.hf_generation import Generation
 from workers.hf_ipex import load_with_ipex
 

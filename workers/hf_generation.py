@@ -21,7 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ipex_vllm.protocol import Delta, FinishReason, GenerateRequest, TokenLogprob
+from ipex_vllm.serving.protocol import Delta, FinishReason, GenerateRequest, TokenLogprob
 from workers.hf_text import Decode, Detokenizer, StopStrings, token_text
 
 PREFILL_CHUNK_TOKENS = 512  # between two chunks a request can be aborted; larger ones are no faster

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from ipex_vllm.engine import EngineError
+from ipex_vllm.errors import EngineError
 
 LOW_BIT_FORMATS = ("bf16", "fp32", "sym_int8", "sym_int4")
 GROUP_SIZE = 32  # inputs that share a scale, as everywhere under these names; the extension's own default is all

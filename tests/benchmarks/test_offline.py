@@ -8,7 +8,7 @@ import pytest
 from benchmarks.client import Clock
 from benchmarks.metrics import Timeline
 from benchmarks.offline import EngineClient
-from ipex_vllm.protocol import Delta, GenerateRequest, InternalError
+from ipex_vllm.serving.protocol import Delta, GenerateRequest, InternalError
 
 
 class FakeEngine:

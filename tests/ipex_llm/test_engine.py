@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
-from ipex_vllm import cpu
 from ipex_vllm.demo import MODEL_DIR
-from ipex_vllm.ipex_llm_engine import IpexLlmEngine
+from ipex_vllm.engines.ipex_llm import IpexLlmEngine
 from ipex_vllm.options import WorkerOptions
-from ipex_vllm.protocol import Delta, GenerateRequest
+from ipex_vllm.plan import cpu
+from ipex_vllm.serving.protocol import Delta, GenerateRequest
 
 
 async def start_engine() -> IpexLlmEngine:

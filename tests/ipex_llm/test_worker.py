@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from benchmarks.make_model import make_model
-from ipex_vllm.ipex_llm_engine import CPU_FORMATS
+from ipex_vllm.engines.ipex_llm import CPU_FORMATS
 from tests.processes import Program, Server, eventually, worker
 from tests.support import as_transformers_5_writes_it, generate, stream
 

@@ -12,9 +12,9 @@ import pytest
 from playwright.sync_api import expect
 from transformers import AutoTokenizer
 
-from ipex_vllm.conversation import ChatFormat, translate
 from ipex_vllm.demo import MODEL_DIR
-from ipex_vllm.server import Slots, WorkerServer
+from ipex_vllm.serving.conversation import ChatFormat, translate
+from ipex_vllm.serving.fastchat import Slots, WorkerServer
 from tests.processes import Server, register
 from tests.support import FakeEngine, serving
 from tests.webui.conftest import OpenPage

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from ipex_vllm.controller import ControllerClient
+from ipex_vllm.serving.controller import ControllerClient
 from tests.support import FakeEngine, free_port, make_server, serving
 
 

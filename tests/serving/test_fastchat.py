@@ -15,8 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
-from ipex_vllm.protocol import InternalError
-from ipex_vllm.server import Slots
+from ipex_vllm.serving.fastchat import Slots
+from ipex_vllm.serving.protocol import InternalError
 from tests.support import FakeEngine, generate, make_server, raw_post, serving, split_frames, stream
 
 

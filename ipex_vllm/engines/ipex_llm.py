@@ -22,12 +22,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ipex_vllm.cpu import Plan
-from ipex_vllm.engine import EngineError, root_cause
-from ipex_vllm.older_transformers import readable_model
+from ipex_vllm.engines.older_transformers import readable_model
+from ipex_vllm.engines.vllm import HEALTH_INTERVAL_S, VllmEngine
+from ipex_vllm.errors import EngineError, root_cause
 from ipex_vllm.options import DTYPES, WorkerOptions
-from ipex_vllm.protocol import Delta, GenerateRequest
-from ipex_vllm.vllm_engine import HEALTH_INTERVAL_S, VllmEngine
+from ipex_vllm.plan.cpu import Plan
+from ipex_vllm.serving.protocol import Delta, GenerateRequest
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from ipex_vllm.older_transformers import older_config, older_tokenizer_config, readable_model
+from ipex_vllm.engines.older_transformers import older_config, older_tokenizer_config, readable_model
 
 
 def test_config_of_transformers_5_becomes_that_of_transformers_4() -> None:

@@ -7,7 +7,7 @@ import pytest
 from vllm.platforms import resolve_current_platform_cls_qualname
 from vllm.platforms.cpu import CpuPlatform
 
-from ipex_vllm.ray_platform import RayCpuPlatform
+from ipex_vllm.engines.ray_platform import RayCpuPlatform
 
 
 def test_with_ray_vllm_takes_the_platform_whose_ranks_ray_can_count(
@@ -15,7 +15,7 @@ def test_with_ray_vllm_takes_the_platform_whose_ranks_ray_can_count(
 ) -> None:
     (tmp_path / "ray.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    assert resolve_current_platform_cls_qualname() == "ipex_vllm.ray_platform.RayCpuPlatform"
+    assert resolve_current_platform_cls_qualname() == "ipex_vllm.engines.ray_platform.RayCpuPlatform"
     assert RayCpuPlatform.ray_device_key == "GPU"
     assert RayCpuPlatform.device_type == CpuPlatform.device_type
 

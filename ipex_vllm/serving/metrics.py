@@ -11,7 +11,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import REGISTRY, Collector
 
 if TYPE_CHECKING:
-    from ipex_vllm.server import WorkerServer
+    from ipex_vllm.serving.fastchat import WorkerServer
 
 PREFIX = "ipex_vllm"
 

@@ -10,9 +10,9 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ipex_vllm.cpu import GIB, Machine, ModelFacts, Plan
-from ipex_vllm.engine import EngineError
+from ipex_vllm.errors import EngineError
 from ipex_vllm.options import WorkerOptions
+from ipex_vllm.plan.cpu import GIB, Machine, ModelFacts, Plan
 
 MEMORY_SHARE = 0.92  # vLLM's own default for a card that is free; the rest is the driver's and the desktop's
 ACTIVATION_BYTES = GIB  # of a prefill step, and oneDNN's and oneCCL's buffers

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ipex_vllm.engine import EngineError
+from ipex_vllm.errors import EngineError
 from ipex_vllm.low_bit.formats import resolve
 from ipex_vllm.options import WorkerOptions
 

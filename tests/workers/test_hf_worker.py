@@ -21,13 +21,13 @@ import httpx
 import pytest
 import torch
 
-from ipex_vllm import cpu
 from ipex_vllm.demo import MODEL_DIR
-from ipex_vllm.engine import EngineError
+from ipex_vllm.errors import EngineError
 from ipex_vllm.low_bit.hf import HfLowBitLinear
 from ipex_vllm.low_bit.kernels.base import LowBitLinear
 from ipex_vllm.options import WorkerOptions
-from ipex_vllm.protocol import GenerateRequest
+from ipex_vllm.plan import cpu
+from ipex_vllm.serving.protocol import GenerateRequest
 from tests.processes import Server, eventually
 from tests.support import generate, make_server, serving, stream
 from workers import hf_engine, hf_generation, hf_ipex

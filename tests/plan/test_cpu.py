@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from ipex_vllm import cpu
-from ipex_vllm.cpu import GIB, Machine, ModelFacts, choose_weights, make_plan, preload_and_reexecute
-from ipex_vllm.engine import EngineError
+from ipex_vllm.errors import EngineError
 from ipex_vllm.options import WorkerOptions
+from ipex_vllm.plan import cpu
+from ipex_vllm.plan.cpu import GIB, Machine, ModelFacts, choose_weights, make_plan, preload_and_reexecute
 
 # (package, core, NUMA node) of each logical CPU.
 Topology = list[tuple[int, int, int]]
@@ -516,7 +516,7 @@ def test_the_users_own_preload_stays_and_is_not_doubled(small_box, executed, mon
 
 
 def test_all_this_comes_before_anything_heavy():
-    code = "import sys, ipex_vllm.cpu; print(*sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
+    code = "import sys, ipex_vllm.plan.cpu; print(*sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert loaded.stdout.strip() == ""
 

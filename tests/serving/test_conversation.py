@@ -17,9 +17,16 @@ from fastchat.serve import openai_api_server
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from ipex_vllm.conversation import PROMPT_TEMPLATES, ChatFormat, as_json, choose_chat_format, match_registry, translate
-from ipex_vllm.engine import EngineError
-from ipex_vllm.tokenization import PromptEncoder
+from ipex_vllm.engines.tokenization import PromptEncoder
+from ipex_vllm.errors import EngineError
+from ipex_vllm.serving.conversation import (
+    PROMPT_TEMPLATES,
+    ChatFormat,
+    as_json,
+    choose_chat_format,
+    match_registry,
+    translate,
+)
 
 # Sets `system` ("" without one) and `turns`, for templates that write the system message inside a user turn.
 TAKE_SYSTEM_OUT = """\

@@ -13,12 +13,14 @@ import os
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from ipex_vllm import xpu
-from ipex_vllm.cpu import Plan
-from ipex_vllm.engine import Engine, EngineError, root_cause
+from ipex_vllm.engines.engine import Engine
+from ipex_vllm.engines.tokenization import PromptEncoder
+from ipex_vllm.errors import EngineError, OptionError, root_cause
 from ipex_vllm.low_bit import vllm_arguments
-from ipex_vllm.options import OptionError, WorkerOptions
-from ipex_vllm.protocol import (
+from ipex_vllm.options import WorkerOptions
+from ipex_vllm.plan import xpu
+from ipex_vllm.plan.cpu import Plan
+from ipex_vllm.serving.protocol import (
     Delta,
     FinishReason,
     GenerateRequest,
@@ -27,7 +29,6 @@ from ipex_vllm.protocol import (
     TokenLogprob,
     WorkerError,
 )
-from ipex_vllm.tokenization import PromptEncoder
 
 logger = logging.getLogger(__name__)
 

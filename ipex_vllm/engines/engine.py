@@ -7,22 +7,11 @@ import argparse
 from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ipex_vllm.protocol import Delta, GenerateRequest, InvalidParameter
+from ipex_vllm.serving.protocol import Delta, GenerateRequest, InvalidParameter
 
 if TYPE_CHECKING:
-    from ipex_vllm.cpu import Plan
     from ipex_vllm.options import WorkerOptions
-
-
-class EngineError(Exception):
-    """The engine cannot start; the message is the one line that the user sees."""
-
-
-def root_cause(error: BaseException) -> str:
-    """The innermost message of an exception chain, on one line."""
-    while (cause := error.__cause__ or error.__context__) is not None:
-        error = cause
-    return " ".join(str(error).split()) or type(error).__name__
+    from ipex_vllm.plan.cpu import Plan
 
 
 class Engine(abc.ABC):

@@ -23,7 +23,7 @@ from typing import Any
 
 from fastchat.conversation import Conversation, SeparatorStyle, conv_templates, get_conv_template
 
-from ipex_vllm.engine import EngineError
+from ipex_vllm.errors import EngineError
 
 logger = logging.getLogger(__name__)
 

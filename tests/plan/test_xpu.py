@@ -16,9 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from ipex_vllm import xpu
-from ipex_vllm.cpu import GIB, Machine, ModelFacts
-from ipex_vllm.engine import EngineError
+from ipex_vllm.errors import EngineError
 from ipex_vllm.low_bit import vllm_arguments
 from ipex_vllm.low_bit.formats import FORMATS
 from ipex_vllm.low_bit.kernels import vllm_cpu
@@ -27,7 +25,9 @@ from ipex_vllm.low_bit.kernels.base import LowBitLinear
 from ipex_vllm.low_bit.linear import choose_kernel, make_linear
 from ipex_vllm.low_bit.quantize import dequantize, quantize
 from ipex_vllm.options import WorkerOptions
-from ipex_vllm.xpu import Card, XpuPlan, apply_plan, make_plan
+from ipex_vllm.plan import xpu
+from ipex_vllm.plan.cpu import GIB, Machine, ModelFacts
+from ipex_vllm.plan.xpu import Card, XpuPlan, apply_plan, make_plan
 
 MACHINE = Machine.probe()
 ARC = Card("Arc B580", memory_total=12 * GIB, memory_free=int(11.5 * GIB))

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from ipex_vllm.protocol import (
+from ipex_vllm.serving.protocol import (
     Delta,
     EmbeddingRequest,
     GenerateRequest,

@@ -4,8 +4,8 @@ import argparse
 
 import pytest
 
-from ipex_vllm.engine import EngineError
-from ipex_vllm.ipex_llm_engine import IpexLlmEngine, choose_low_bit
+from ipex_vllm.engines.ipex_llm import IpexLlmEngine, choose_low_bit
+from ipex_vllm.errors import EngineError
 from ipex_vllm.options import WorkerOptions
 
 

@@ -23,10 +23,10 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ipex_vllm.conversation import ChatFormat
-from ipex_vllm.engine import Engine
-from ipex_vllm.metrics import exposition
-from ipex_vllm.protocol import (
+from ipex_vllm.engines.engine import Engine
+from ipex_vllm.serving.conversation import ChatFormat
+from ipex_vllm.serving.metrics import exposition
+from ipex_vllm.serving.protocol import (
     EmbeddingRequest,
     GenerateRequest,
     InternalError,

@@ -1,0 +1,1 @@
+"""What runs a model. Only the modules in here know a model library."""

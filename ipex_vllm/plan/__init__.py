@@ -1,0 +1,1 @@
+"""The settings that follow from this machine and this model."""

@@ -1,0 +1,1 @@
+"""What clients speak with: FastChat's protocol over any engine."""
