@@ -49,6 +49,9 @@ class WorkerOptions:
         None,
         aliases=["--load-in-low-bit"],
     )
+    low_bit_head: str | None = option(
+        'format of the output head beside --low-bit: a name, "same" or "none"; default: 8-bit integers', None
+    )
     conv_template: str | None = option("FastChat conversation template; default: the model's own chat template", None)
     host: str = option("address to listen on; anything but loopback opens the worker to the network", "127.0.0.1")
     port: int = option("port to listen on", 21002)

@@ -3,6 +3,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from ipex_vllm.low_bit import vllm_arguments
 from ipex_vllm.low_bit.formats import FORMATS, Format, resolve
 from ipex_vllm.low_bit.layout import from_tensors, meta_tensors, to_tensors
 from ipex_vllm.low_bit.quantize import dequantize, quantize
-from ipex_vllm.low_bit.readers import ipex_llm
+from ipex_vllm.low_bit.readers import ipex_llm, ours
+from ipex_vllm.low_bit.recipe import Recipe, Storage
 from ipex_vllm.low_bit.save import save
 
 QUANTIZED = [row for row in FORMATS.values() if row.kind != "dtype"]
@@ -39,18 +41,24 @@ def save_llama(path: Path, **changes: int | bool) -> Path:
     return path
 
 
+def quantization_of(path: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((path / "config.json").read_text())["quantization_config"]
+    return config
+
+
 def with_quantization(path: Path, quantization: dict[str, object]) -> str:
     path.mkdir()
     (path / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": quantization}))
     return str(path)
 
 
+@pytest.mark.parametrize("group_size", [0, 32, 64])
 @pytest.mark.parametrize("format", QUANTIZED, ids=lambda row: row.name)
-def test_a_weight_survives_the_way_through_its_tensors(format: Format) -> None:
-    weight = quantize(torch.randn(8, 128), format)
-    tensors = to_tensors(weight)
+def test_a_weight_survives_the_way_through_its_tensors(format: Format, group_size: int) -> None:
+    weight = quantize(torch.randn(8, 128), format, group_size)
+    tensors, storage = to_tensors(weight), Storage(format, weight.group_size)
     assert torch.equal(dequantize(from_tensors(format, tensors)), dequantize(weight))
-    expected = {name: (tensor.shape, tensor.dtype) for name, tensor in meta_tensors(format, 8, 128).items()}
+    expected = {name: (tensor.shape, tensor.dtype) for name, tensor in meta_tensors(storage, 8, 128).items()}
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} == expected
 
 
@@ -72,8 +80,42 @@ def test_a_saved_checkpoint_holds_the_codes_and_everything_else_as_it_was(name: 
 def test_a_tied_head_and_unsuitable_layers_are_listed_as_ignored(tmp_path: Path) -> None:
     model = save_llama(tmp_path / "model", tie_word_embeddings=True, intermediate_size=200)
     save(str(model), FORMATS["sym_int4"], tmp_path / "out")
-    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert config["ignore"] == ["lm_head", "model.layers.0.mlp.down_proj"]
+    assert quantization_of(tmp_path / "out")["ignore"] == ["lm_head", "model.layers.0.mlp.down_proj"]
+
+
+def test_layers_stored_in_another_way_have_a_group_of_their_own(tmp_path: Path) -> None:
+    model = save_llama(tmp_path / "model", intermediate_size=160)
+    save(str(model), FORMATS["sym_int4"], tmp_path / "out", group_size=64)
+    config = quantization_of(tmp_path / "out")
+    groups = [
+        (group["targets"], group["format"], group["weights"]["num_bits"], group["weights"].get("group_size"))
+        for group in config["config_groups"].values()
+    ]
+    assert groups == [
+        (["Linear"], "pack-quantized", 4, 64),
+        (["model.layers.0.mlp.down_proj"], "pack-quantized", 4, 32),
+        (["re:.*lm_head"], "int-quantized", 8, None),
+    ]
+    assert config["format"] == "mixed-precision"
+
+
+def test_what_is_saved_says_by_what_recipe(model: Path) -> None:
+    for number, (head, group_size) in enumerate([(None, None), ("none", 32), ("same", 128)]):
+        out = model.parent / f"out{number}"
+        save(str(model), FORMATS["sym_int4"], out, head, group_size)
+        format = {None: FORMATS["sym_int8"], "none": None, "same": FORMATS["sym_int4"]}[head]
+        expected = Recipe(FORMATS["sym_int4"], group_size or FORMATS["sym_int4"].group_size, format)
+        assert ours.recipe_of(quantization_of(out)) == expected
+        assert ("lm_head.weight" in load_file(out / "model.safetensors")) == (head != "same")
+
+
+def test_a_checkpoint_saved_before_groups_and_heads_were_recorded_is_what_it_was_then() -> None:
+    recipe = ours.recipe_of({"quant_method": "ipex_sym_int4", "ipex_vllm_format": "sym_int4"})
+    layer, head = Storage(FORMATS["sym_int4"], 64), recipe.storage("lm_head", 128, is_head=True)
+    assert (recipe.storage("model.layers.0.mlp.up_proj", 128), head) == (layer, layer)
+    assert recipe.storage("model.layers.0.mlp.down_proj", 96) == "96 inputs are no multiple of the group size 64"
+    recipe = ours.recipe_of({"quant_method": "ipex_sym_int8", "ipex_vllm_format": "sym_int8"})
+    assert recipe.storage("model.layers.0.mlp.down_proj", 96) == Storage(FORMATS["sym_int8"], None)
 
 
 def test_saving_again_or_over_something_is_refused(model: Path) -> None:
@@ -99,6 +141,30 @@ def test_arguments_for_a_checkpoint_in_full_precision(model: Path) -> None:
     assert vllm_arguments("fp16", str(model), "cpu") == {"dtype": "float16"}
     assert vllm_arguments("sym_int4", str(model), "cpu") == {"quantization": "ipex_sym_int4"}
     assert vllm_arguments("fp8", str(model), "cpu") == {"quantization": "ipex_fp8_e4m3"}
+    with_head = {"quantization": "ipex_sym_int4", "additional_config": {"ipex_vllm_head": "none"}}
+    assert vllm_arguments("sym_int4", str(model), "cpu", "none") == with_head
+
+
+@pytest.mark.parametrize(
+    ("low_bit", "head", "device", "message"),
+    [
+        ("sym_int4", "int3", "cpu", "low-bit format 'int3' is unknown"),
+        ("sym_int4", "bf16", "cpu", "bf16 quantizes nothing: use none"),
+        ("sym_int4", "sym_int8", "xpu", "sym_int8 has no kernel on XPU, for the output head either"),
+        ("bf16", "none", "cpu", "goes with one that quantizes"),
+        (None, "none", "cpu", "goes with one that quantizes"),
+    ],
+)
+def test_a_head_that_cannot_be_is_refused_in_one_line(
+    low_bit: str | None, head: str, device: str, message: str, model: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        vllm_arguments(low_bit, str(model), device, head)
+
+
+def test_the_head_of_a_quantized_checkpoint_is_not_chosen_again() -> None:
+    with pytest.raises(ValueError, match=r"already quantized .*: leave --low-bit-head out"):
+        vllm_arguments("sym_int4", str(IPEX_LLM / "sym_int4"), "cpu", "none")
 
 
 def test_a_format_that_xpu_has_no_kernel_for_is_refused_with_those_it_has(model: Path) -> None:

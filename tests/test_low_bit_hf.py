@@ -24,17 +24,18 @@ def llama(**changes: int | bool) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**{**config, **changes})).to(torch.bfloat16).eval()
 
 
-def with_dequantized_weights(model: LlamaForCausalLM, name: str) -> LlamaForCausalLM:
+def with_dequantized_weights(model: LlamaForCausalLM, name: str, head: str) -> LlamaForCausalLM:
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            weight = dequantize(quantize(module.weight.detach(), FORMATS[name]), torch.bfloat16)
+            format = FORMATS[head if module is model.lm_head else name]
+            weight = dequantize(quantize(module.weight.detach(), format), torch.bfloat16)
             module.weight = nn.Parameter(weight)
     return model
 
 
 @pytest.mark.parametrize("name", ["sym_int4", "asym_int4", "sym_int8", "fp8_e4m3", "nf4"])
 def test_a_quantized_model_computes_what_its_dequantized_weights_do(name: str) -> None:
-    expected, model = with_dequantized_weights(llama(), name), quantize_model(llama(), name)
+    expected, model = with_dequantized_weights(llama(), name, "sym_int8"), quantize_model(llama(), name)
     linears = [module for module in model.modules() if isinstance(module, HfLowBitLinear)]
     assert len(linears) == 2 * 7 + 1
     tokens = torch.arange(40).view(2, 20)
@@ -44,6 +45,19 @@ def test_a_quantized_model_computes_what_its_dequantized_weights_do(name: str) -
         assert difference.norm() < 0.03 * expected(tokens).logits.float().norm()
 
 
+@pytest.mark.parametrize(
+    ("head", "expected"), [(None, "sym_int8"), ("same", "sym_int4"), ("fp8", "fp8_e4m3"), ("none", None)]
+)
+def test_the_head_is_stored_as_is_asked_for_and_in_eight_bits_otherwise(head: str | None, expected: str | None) -> None:
+    for is_tied in (False, True):
+        model = quantize_model(llama(tie_word_embeddings=is_tied), "sym_int4", head=head)
+        if expected is None:
+            assert type(model.lm_head) is nn.Linear
+        else:
+            assert model.lm_head.low_bit.format.name == expected
+        assert model.model.layers[0].mlp.down_proj.low_bit.format.name == "sym_int4"
+
+
 def test_a_tied_head_is_quantized_and_its_embedding_is_not() -> None:
     model = quantize_model(llama(tie_word_embeddings=True), "sym_int4")
     assert isinstance(model.lm_head, HfLowBitLinear)
@@ -51,22 +65,27 @@ def test_a_tied_head_is_quantized_and_its_embedding_is_not() -> None:
     assert torch.equal(model.model.embed_tokens.weight, llama(tie_word_embeddings=True).model.embed_tokens.weight)
 
 
-def test_a_layer_whose_inputs_no_group_divides_stays_as_it_is_and_one_line_says_so(
+def test_layers_whose_inputs_no_group_divides_stay_as_they_are_and_one_line_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    model = quantize_model(llama(intermediate_size=200), "sym_int4")
-    down = model.model.layers[0].mlp.down_proj
-    assert type(down) is nn.Linear
-    lines = [record.message for record in caplog.records if "layers.0.mlp.down_proj" in record.message]
-    assert lines == [
-        "model.layers.0.mlp.down_proj stays in torch.bfloat16: 200 inputs are no multiple of the group size 64"
-    ]
+    with caplog.at_level(logging.INFO):
+        model = quantize_model(llama(intermediate_size=200), "sym_int4")
+    assert type(model.model.layers[0].mlp.down_proj) is nn.Linear
+    lines = [record.message for record in caplog.records if "not quantized" in record.message]
+    reason = "200 inputs are no multiple of the group size 32"
+    assert lines == [f"not quantized: model.layers.0.mlp.down_proj and 1 more ({reason})"]
+
+
+def test_a_layer_whose_inputs_the_usual_group_does_not_divide_has_a_smaller_one() -> None:
+    model = quantize_model(llama(intermediate_size=160), "sym_int4", group_size=64)
+    mlp = model.model.layers[0].mlp
+    assert (mlp.up_proj.low_bit.group_size, mlp.down_proj.low_bit.group_size) == (64, 32)
 
 
 def test_the_kernels_in_use_are_logged_and_a_slow_one_says_what_it_costs(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         quantize_model(llama(), "nf4")
-    assert "nf4: 15 layers use the kernel dequantize, which saves memory but no time" in caplog.text
+    assert "nf4: 14 layers use the kernel dequantize, which saves memory but no time" in caplog.text
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])

@@ -10,12 +10,15 @@ from ipex_vllm.low_bit.linear import KERNELS, choose_kernel, make_linear
 from ipex_vllm.low_bit.quantize import dequantize, quantize
 
 QUANTIZED = [row for row in FORMATS.values() if row.kind != "dtype"]
-SHAPES = [(64, 128), (33, 64), (96, 1024)]
+SHAPES = [(64, 128), (33, 128), (96, 1024), (64, 384)]
 TOKENS = [1, 2, 3, 4, 5, 8, 16, 17, 64, 129, 257]
 
 
-def available(dtype: torch.dtype) -> list[tuple[type[LowBitLinear], Format]]:
-    return [(k, f) for k in KERNELS for f in QUANTIZED if k.unavailable_reason(f, 64, dtype) is None]
+def available(dtype: torch.dtype) -> list[tuple[type[LowBitLinear], Format, int | None]]:
+    """Every kernel of this machine with every format and group size that it computes."""
+    sizes = (None, 32, 64, 128)
+    triples = [(k, f, size) for k in KERNELS for f in QUANTIZED for size in sizes if size or f.bits == 8]
+    return [(k, f, size) for k, f, size in triples if k.unavailable_reason(f, size, 64, dtype) is None]
 
 
 def activations(tokens: int, features: int) -> dict[str, torch.Tensor]:
@@ -37,21 +40,21 @@ def allowed_error(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize(
-    ("kernel", "format"),
+    ("kernel", "format", "group_size"),
     available(torch.bfloat16),
-    ids=lambda value: value.__name__ if isinstance(value, type) else value.name,
+    ids=lambda value: getattr(value, "__name__", None) or getattr(value, "name", None) or str(value),
 )
 @pytest.mark.parametrize("kind", ["normal", "outliers", "zeros", "denormal"])
 def test_a_kernel_is_within_its_rounding_of_the_float32_product(
-    kernel: type[LowBitLinear], format: Format, kind: str
+    kernel: type[LowBitLinear], format: Format, group_size: int | None, kind: str
 ) -> None:
     torch.manual_seed(0)
     for out_features, in_features in SHAPES:
-        if kernel.unavailable_reason(format, out_features, torch.bfloat16):
+        if kernel.unavailable_reason(format, group_size, out_features, torch.bfloat16):
             continue
         weight = torch.randn(out_features, in_features) * 0.02
         weight[0], weight[1, ::5], weight[2] = 0, 3.0, 0.25
-        quantized = quantize(weight, format)
+        quantized = quantize(weight, format, group_size or 0)
         linear, reference = kernel(quantized, torch.bfloat16), dequantize(quantized)
         bias = torch.randn(out_features).bfloat16()
         for tokens in TOKENS:
@@ -93,7 +96,7 @@ AVX2 = frozenset({"onednn_scaled_mm"})
     [
         ("sym_int4", AVX2, False, True, torch.bfloat16, 64, "w4a8"),
         ("sym_int4", AVX512_BF16, False, True, torch.bfloat16, 64, "w4a8"),
-        ("sym_int4", AVX512_BF16, True, True, torch.bfloat16, 64, "vllm-w4a8"),
+        ("sym_int4", AVX512_BF16, True, True, torch.bfloat16, 64, "w4a8"),
         ("sym_int4", AVX512_BF16, True, True, torch.bfloat16, 96, "w4a8"),
         ("sym_int4", AVX512_BF16, True, True, torch.float32, 64, "w4a8"),
         ("sym_int4", AVX512_BF16, False, False, torch.bfloat16, 64, "vllm-w4a8"),
@@ -124,4 +127,23 @@ def test_the_kernel_follows_from_the_format_the_machine_the_dtype_and_the_shape(
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
     for ours in (w4a8, w8a16):
         monkeypatch.setattr(ours, "unavailable_reason", lambda: None if is_built else "was not built")
-    assert choose_kernel(FORMATS[format], outputs, dtype).kernel == kernel
+    row = FORMATS[format]
+    assert choose_kernel(row, row.group_size, outputs, dtype).kernel == kernel
+
+
+@pytest.mark.parametrize(
+    ("name", "group_size", "kernel"),
+    [
+        ("sym_int4", 32, "w4a8"),
+        ("sym_int4", 128, "w4a8"),
+        ("sym_int4", 16, "dequantize"),
+        ("fp8_e4m3", 64, "dequantize"),
+    ],
+)
+def test_a_group_that_a_kernel_does_not_take_is_for_another(
+    name: str, group_size: int, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_cpu, "operators", frozenset)
+    for ours in (w4a8, w8a16):
+        monkeypatch.setattr(ours, "unavailable_reason", lambda: None)
+    assert choose_kernel(FORMATS[name], group_size, 64, torch.bfloat16).kernel == kernel

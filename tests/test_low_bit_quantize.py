@@ -1,12 +1,11 @@
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from ipex_vllm.low_bit.formats import FORMATS, Format
-from ipex_vllm.low_bit.quantize import dequantize, pack_nibbles, quantize, unpack_nibbles, unsuitable_reason
+from ipex_vllm.low_bit.formats import FORMATS, Format, fitting_group_size, unsuitable_reason
+from ipex_vllm.low_bit.quantize import dequantize, pack_nibbles, quantize, unpack_nibbles
 
 QUANTIZED = [row for row in FORMATS.values() if row.kind != "dtype"]
 GGML_BLOCKS = Path(__file__).parent / "fixtures" / "ipex_llm_blocks" / "blocks.safetensors"
@@ -42,7 +41,7 @@ def test_four_bits_without_search_equal_ipex_llm_bit_for_bit(name: str) -> None:
 
 def test_eight_bits_in_groups_of_64_equal_ipex_llm_bit_for_bit() -> None:
     fixture = load_file(GGML_BLOCKS)
-    mine = quantize(fixture["weight"], replace(FORMATS["sym_int8"], group_size=64))
+    mine = quantize(fixture["weight"], FORMATS["sym_int8"], 64)
     blocks = fixture["sym_int8"]
     assert torch.equal(blocks[..., :4].contiguous().view(torch.float32).squeeze(-1), mine.scales)
     assert torch.equal(blocks[..., 4:].contiguous().view(torch.int8).flatten(1), mine.codes)
@@ -105,9 +104,39 @@ def test_rows_are_quantized_independently_of_how_the_weight_is_cut() -> None:
 
 
 def test_a_group_that_does_not_divide_the_inputs_is_refused_with_both_numbers() -> None:
-    assert unsuitable_reason(FORMATS["sym_int4"], 100) == "100 inputs are no multiple of the group size 64"
+    assert unsuitable_reason(FORMATS["sym_int4"], 100) == "100 inputs are no multiple of the group size 32"
     with pytest.raises(ValueError, match=r"shape \(8, 100\): 100 inputs are no multiple"):
         quantize(torch.zeros(8, 100), FORMATS["sym_int4"])
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "asked", "expected"),
+    [
+        ("sym_int4", 256, 128, 128),
+        ("sym_int4", 192, 128, 64),
+        ("sym_int4", 96, 128, 32),
+        ("sym_int4", 96, 64, 32),
+        ("sym_int4", 96, 32, 32),
+        ("sym_int8", 96, None, None),
+        ("sym_int8", 96, 32, 32),
+        ("sym_int8", 100, 32, None),
+        ("fp8_e4m3", 96, 0, None),
+    ],
+)
+def test_a_group_that_does_not_divide_the_inputs_gives_way_to_one_that_does(
+    name: str, inputs: int, asked: int | None, expected: int | None
+) -> None:
+    assert unsuitable_reason(FORMATS[name], inputs, asked) is None
+    assert fitting_group_size(FORMATS[name], inputs, asked) == expected
+    assert quantize(torch.randn(8, inputs), FORMATS[name], asked).group_size == expected
+
+
+@pytest.mark.parametrize("format", QUANTIZED, ids=lambda row: row.name)
+def test_smaller_groups_are_closer_to_the_weight(format: Format) -> None:
+    weight = weights()["normal"]
+    errors = [(dequantize(quantize(weight, format, size)) - weight).norm() for size in (32, 64, 192)]
+    # A float's relative precision is the same at every scale.
+    assert errors[0] < errors[1] < errors[2] or format.kind == "float8"
 
 
 def test_a_dtype_is_not_a_quantized_format() -> None:

@@ -35,8 +35,8 @@ SHAPE = {
     "vocab_size": 320,
     "initializer_range": 0.1,
 }
-# Two layers of four merged projections, and the head.
-LINEARS = 9
+# Two layers of four merged projections; the head comes to them.
+LINEARS = 8
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ def run_vllm(arguments: dict[str, dict[str, object]], folder: Path, **environmen
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """`qwen` has QKV with bias, a head that shares the embedding, and down projections of 192 inputs, or 96 a rank."""
+    """`qwen` has QKV with bias, a head that shares the embedding, and down projections of 160 inputs, or 80 a rank."""
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     llama = LlamaForCausalLM(LlamaConfig(**SHAPE))
-    qwen = Qwen2ForCausalLM(Qwen2Config(**{**SHAPE, "intermediate_size": 192, "tie_word_embeddings": True}))
+    qwen = Qwen2ForCausalLM(Qwen2Config(**{**SHAPE, "intermediate_size": 160, "tie_word_embeddings": True}))
     for layer in qwen.model.layers:
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
             nn.init.normal_(projection.bias, std=0.3)
@@ -100,6 +100,8 @@ def results(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     arguments = {
         "sym_int4": {**llama, **int4},
         "sym_int4 float32": {**llama, **int4, "dtype": "float32"},
+        "sym_int4, head left as it is": {**llama, **int4, "additional_config": {"ipex_vllm_head": "none"}},
+        "sym_int4, groups of 32": {**llama, **int4, "additional_config": {"ipex_vllm_group_size": 32}},
         "sym_int4 compiled": {**llama, **int4, "enforce_eager": False},
         "sym_int4 saved": saved_int4,
         "sym_int4 saved, two ranks": {**saved_int4, **two_ranks},
@@ -132,9 +134,16 @@ def reference(model: Path, weight_of: Callable[[str, torch.Tensor], torch.Tensor
     return logits[range(len(PROMPT) - 1), PROMPT[1:]]
 
 
-def quantized_to(format_name: str, unless: str = "nothing") -> Callable[[str, torch.Tensor], torch.Tensor]:
-    format = FORMATS[format_name]
-    return lambda name, weight: weight if unless in name else dequantize(quantize(weight, format))
+def quantized_to(
+    format_name: str, unless: str = "nothing", head: str = "sym_int8", group_size: int | None = None
+) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    def weight_of(name: str, weight: torch.Tensor) -> torch.Tensor:
+        if unless in name:
+            return weight
+        format = FORMATS[head if name == "lm_head" else format_name]
+        return dequantize(quantize(weight, format, group_size if format.bits < 8 else None))
+
+    return weight_of
 
 
 def assert_close(logprobs: torch.Tensor, expected: torch.Tensor, model: Path) -> None:
@@ -151,6 +160,7 @@ def test_four_bits(run: str, models: dict[str, Path], results: dict[str, Result]
     expected = reference(models["llama"], quantized_to("sym_int4"))
     assert_close(results[run].logprobs, expected, models["llama"])
     assert f"sym_int4: {LINEARS} layers use the kernel w4a8" in results[run].log
+    assert "sym_int8: 1 layers use the kernel onednn-w8a8" in results[run].log
     assert "Loading sym_int4: 100%" in results[run].log  # the progress bar
 
 
@@ -160,7 +170,7 @@ def test_four_bits(run: str, models: dict[str, Path], results: dict[str, Result]
 def test_eight_bits(run: str, models: dict[str, Path], results: dict[str, Result]) -> None:
     expected = reference(models["llama"], quantized_to("sym_int8"))
     assert (results[run].logprobs - expected).abs().mean() < 0.06
-    assert f"sym_int8: {LINEARS} layers use the kernel onednn-w8a8" in results[run].log
+    assert f"sym_int8: {LINEARS + 1} layers use the kernel onednn-w8a8" in results[run].log
 
 
 @pytest.mark.parametrize("run", ["fp8_e4m3", "fp8_e4m3 compiled", "fp8_e4m3 saved"])
@@ -190,6 +200,19 @@ def test_a_saved_checkpoint_is_refused_when_another_format_is_asked_of_it(result
     assert "already quantized (sym_int8): leave --quantization ipex_sym_int4 out" in message
 
 
+def test_the_head_may_stay_as_it_is(models: dict[str, Path], results: dict[str, Result]) -> None:
+    run = results["sym_int4, head left as it is"]
+    assert_close(run.logprobs, reference(models["llama"], quantized_to("sym_int4", unless="lm_head")), models["llama"])
+    assert "not quantized: lm_head (left as it is)" in run.log
+
+
+def test_the_group_size_may_be_chosen(models: dict[str, Path], results: dict[str, Result]) -> None:
+    run, other = results["sym_int4, groups of 32"], results["sym_int4"]
+    expected = reference(models["llama"], quantized_to("sym_int4", group_size=32))
+    assert_close(run.logprobs, expected, models["llama"])
+    assert FORMATS["sym_int4"].group_size == 32 or not torch.equal(run.logprobs, other.logprobs)
+
+
 def test_bias_and_tied_head(models: dict[str, Path], results: dict[str, Result]) -> None:
     run = results["qwen asym_int4"]
     assert_close(run.logprobs, reference(models["qwen"], quantized_to("asym_int4")), models["qwen"])
@@ -202,9 +225,8 @@ def test_two_ranks_leave_a_layer_that_they_cannot_split_as_it_is(
     run = results["qwen sym_int4, two ranks"]
     expected = reference(models["qwen"], quantized_to("sym_int4", unless="down_proj"))
     assert_close(run.logprobs, expected, models["qwen"])
-    for layer in range(2):
-        line = f"model.layers.{layer}.mlp.down_proj stays in torch.bfloat16: 96 inputs are no multiple of"
-        assert line in run.log
+    reason = "80 inputs are no multiple of the group size 32"
+    assert f"not quantized: model.layers.0.mlp.down_proj and 1 more ({reason})" in run.log
     assert f"sym_int4: {LINEARS - 2} layers use the kernel w4a8" in run.log
 
 

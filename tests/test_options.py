@@ -57,6 +57,7 @@ SAMPLES: dict[str, tuple[str, Any, Any]] = {
     "model_names": ("a,b", ["a", "b"], "a,b"),
     "device": ("xpu", "xpu", "xpu"),
     "low_bit": ("sym_int4", "sym_int4", "sym_int4"),
+    "low_bit_head": ("none", "none", "none"),
     "conv_template": ("zephyr", "zephyr", "zephyr"),
     "host": ("::1", "::1", "::1"),
     "port": ("21003", 21003, 21003),

@@ -27,7 +27,8 @@ from ipex_vllm.engines.engine import Engine
 from ipex_vllm.engines.older_transformers import readable_model
 from ipex_vllm.engines.tokenization import PromptEncoder
 from ipex_vllm.errors import EngineError, root_cause
-from ipex_vllm.low_bit.formats import Format, resolve
+from ipex_vllm.low_bit import choose_format
+from ipex_vllm.low_bit.formats import Format
 from ipex_vllm.low_bit.hf import quantize_model
 from ipex_vllm.options import WorkerOptions
 from ipex_vllm.plan.cpu import Plan
@@ -186,29 +187,31 @@ def use_cores(cores: Sequence[int]) -> None:
 
 def load_model(path: str, options: WorkerOptions, args: argparse.Namespace) -> Any:
     """Load the model in the chosen format, ready to generate on the chosen device. Raises EngineError."""
+    if args.ipex and options.low_bit_head is not None:
+        raise EngineError("--low-bit-head: with --ipex the head has the format of the other layers")
     if args.ipex:
         return load_with_ipex(path, options.low_bit, options.device, args.trust_remote_code)
-    format = choose_format(options.low_bit, options.device)
+    format = choose_weights(options)
     dtype: str | None = "auto"
     if format is not None:
         # Low-bit kernels take their activations in bfloat16.
         dtype = format.dtype if format.kind == "dtype" else "bfloat16"
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=args.trust_remote_code)
     if format is not None and format.kind != "dtype":
-        quantize_model(model, format.name)
+        quantize_model(model, format.name, head=options.low_bit_head)
     return model.to(options.device).eval()
 
 
-def choose_format(low_bit: str | None, device: str) -> Format | None:
+def choose_weights(options: WorkerOptions) -> Format | None:
     """The row of the format table that --low-bit names. Raises EngineError when the engine does not have it."""
-    if low_bit is None:
-        return None
     try:
-        format = resolve(low_bit)
+        format = choose_format(options.low_bit, options.low_bit_head, "cpu")
     except ValueError as error:
         raise EngineError(f"--low-bit: {error}") from error
-    if device != "cpu" and format.kind != "dtype":
-        raise EngineError(f"--low-bit {low_bit}: on --device {device} this worker has bf16, fp16 and fp32")
+    if format is not None and options.device != "cpu" and format.kind != "dtype":
+        raise EngineError(
+            f"--low-bit {options.low_bit}: on --device {options.device} this worker has bf16, fp16 and fp32"
+        )
     return format
 
 

@@ -136,6 +136,8 @@ class _WithoutDevice:
 
 def choose_low_bit(args: argparse.Namespace, options: WorkerOptions) -> str | None:
     """Return ipex-llm's name for --low-bit, None for the weights as they are. Raises EngineError."""
+    if options.low_bit_head is not None:
+        raise EngineError("--low-bit-head: with --engine ipex-llm the head has the format of the other layers")
     if options.low_bit is None:
         return None
     if options.low_bit in DTYPES:

@@ -216,9 +216,12 @@ DEVICE_HELP = {
 def apply_low_bit(args: argparse.Namespace, options: WorkerOptions) -> None:
     """Turn --low-bit into vLLM's own arguments. Raises EngineError."""
     try:
-        chosen = vllm_arguments(options.low_bit, options.model_path, options.device)
+        chosen = vllm_arguments(options.low_bit, options.model_path, options.device, options.low_bit_head)
     except ValueError as error:
         raise EngineError(f"--low-bit: {error}") from error
+    # What the user tells vLLM's plugins stays, beside our wishes.
+    wishes = chosen.pop("additional_config", {})
+    args.additional_config = {**args.additional_config, **wishes}
     for name, value in chosen.items():
         setattr(args, name, value)
 

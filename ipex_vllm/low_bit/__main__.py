@@ -16,12 +16,16 @@ def main() -> int:
     save.add_argument("--model-path", required=True, help="directory or Hugging Face name of the model to quantize")
     save.add_argument("--low-bit", required=True, help=f"format: {', '.join(FORMATS)}")
     save.add_argument("--out", required=True, type=Path, help="directory to write, new or empty")
+    save.add_argument("--low-bit-head", help='format of the output head: a name, "same" or "none"; default: 8 bits')
+    save.add_argument("--group-size", type=int, help="inputs that share a scale; default: the format's own number")
     options = parser.parse_args()
 
     from ipex_vllm.low_bit.save import save as save_checkpoint
 
     try:
-        save_checkpoint(options.model_path, resolve(options.low_bit), options.out)
+        save_checkpoint(
+            options.model_path, resolve(options.low_bit), options.out, options.low_bit_head, options.group_size
+        )
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1

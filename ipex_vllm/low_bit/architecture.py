@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,33 @@ def local_directory(model_path: str) -> Path:
     )
 
 
-def linear_shapes(source: Path) -> tuple[dict[str, tuple[int, int]], str | None]:
-    """The (out_features, in_features) of the model's linear layers, by name, and the name of a tied output head.
+@dataclass(frozen=True)
+class Linears:
+    """A model's linear layers.
 
-    A tied head shares the embedding's weight, so that a checkpoint has none for it; it is not among the shapes.
+    Attributes:
+        shapes: (out_features, in_features) of those whose weights a checkpoint has, by name.
+        head: the output head's name, None without one.
+        is_tied: whether the head shares the embedding's weight; it is not among the shapes then.
     """
+
+    shapes: dict[str, tuple[int, int]]
+    head: str | None
+    is_tied: bool
+
+
+def linear_layers(source: Path) -> Linears:
+    """The linear layers of the model whose checkpoint is in the directory `source`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    head = model.get_output_embeddings() if model.config.tie_word_embeddings else None
-    shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items() if linear is not head}
-    return shapes, next((name for name, linear in linears.items() if linear is head), None)
+    output, is_tied = model.get_output_embeddings(), bool(model.config.tie_word_embeddings)
+    head = next((name for name, linear in linears.items() if linear is output), None)
+    shapes = {
+        name: (linear.out_features, linear.in_features)
+        for name, linear in linears.items()
+        if not (is_tied and name == head)
+    }
+    return Linears(shapes, head, is_tied and head is not None)

@@ -7,10 +7,12 @@ import logging
 import torch
 from torch import nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from ipex_vllm.low_bit.formats import resolve
 from ipex_vllm.low_bit.linear import make_linear, summarize
-from ipex_vllm.low_bit.quantize import quantize, unsuitable_reason
+from ipex_vllm.low_bit.quantize import quantize
+from ipex_vllm.low_bit.recipe import Storage, on_load, summarize_kept
 
 logger = logging.getLogger(__name__)
 
@@ -18,10 +20,10 @@ logger = logging.getLogger(__name__)
 class HfLowBitLinear(nn.Module):
     """An `nn.Linear` whose weight is quantized."""
 
-    def __init__(self, linear: nn.Linear, format_name: str) -> None:
+    def __init__(self, linear: nn.Linear, storage: Storage) -> None:
         super().__init__()
         weight = linear.weight.detach()
-        self.low_bit = make_linear(quantize(weight, resolve(format_name)), weight.dtype)
+        self.low_bit = make_linear(quantize(weight, storage.format, storage.group_size or 0), weight.dtype)
         self.bias = linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
@@ -30,28 +32,38 @@ class HfLowBitLinear(nn.Module):
         return y
 
 
-def quantize_model(model: nn.Module, format_name: str, device: str = "cpu") -> nn.Module:
-    """Quantize every `nn.Linear` of `model`, in place, to the format called `format_name`, and return the model.
+def quantize_model(
+    model: nn.Module,
+    format_name: str,
+    device: str = "cpu",
+    head: str | None = None,
+    group_size: int | None = None,
+) -> nn.Module:
+    """Quantize the `nn.Linear`s of `model`, in place, to the format called `format_name`, and return the model.
 
     Layers are replaced one at a time, so the peak is one layer above what is there already. Embeddings stay as they
-    are, also where the output head shares their weight. bf16, fp16 and fp32 only change the model's dtype. The model
-    is moved to `device` first. Raises ValueError for an unknown format, or one without a kernel on `device`.
+    are, also where the output head shares their weight. `head` and `group_size` are those of `recipe.on_load`. bf16,
+    fp16 and fp32 only change the model's dtype. The model is moved to `device` first. Raises ValueError for an unknown
+    format, or one without a kernel on `device`.
     """
     format = resolve(format_name)
     if format.kind == "dtype":
         return model.to(device, getattr(torch, str(format.dtype)))
     if device != "cpu":
         raise ValueError(f"{format.name} on a Transformers model runs on the CPU only; use bf16 or fp16 on {device}")
+    recipe = on_load(format, head, group_size=group_size)
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    replaced = []
+    replaced, kept = [], []
     for name, linear in tqdm(linears, desc=f"Quantizing to {format.name}", unit="layer"):
-        if reason := unsuitable_reason(format, linear.in_features):
-            logger.warning("%s stays in %s: %s", name, linear.weight.dtype, reason)
+        storage = recipe.storage(name, linear.in_features, is_head=linear is output)
+        if isinstance(storage, str):
+            kept.append((name, storage))
             continue
         parent, _, child = name.rpartition(".")
-        replacement = HfLowBitLinear(linear, format_name)
+        replacement = HfLowBitLinear(linear, storage)
         setattr(model.get_submodule(parent), child, replacement)
         replaced.append(replacement.low_bit)
-    for line in summarize(replaced):
+    for line in (*summarize(replaced), *summarize_kept(kept)):
         logger.info("%s", line)
     return model

@@ -6,6 +6,7 @@ import torch
 
 from ipex_vllm.low_bit.formats import Format
 from ipex_vllm.low_bit.quantize import QuantizedWeight, pack_nibbles, unpack_nibbles
+from ipex_vllm.low_bit.recipe import Storage
 
 
 def to_tensors(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
@@ -30,11 +31,12 @@ def from_tensors(format: Format, tensors: dict[str, torch.Tensor]) -> QuantizedW
     return QuantizedWeight(format, codes, tensors["weight_scale"], tensors.get("weight_min"))
 
 
-def meta_tensors(format: Format, out_features: int, in_features: int) -> dict[str, torch.Tensor]:
+def meta_tensors(storage: Storage, out_features: int, in_features: int) -> dict[str, torch.Tensor]:
     """Tensors on the meta device, shaped and typed as `to_tensors` makes them for such a layer."""
+    format = storage.format
     with torch.device("meta"):
-        groups = in_features // (format.group_size or in_features)
-        scales = torch.empty((out_features, groups), dtype=torch.float16 if format.group_size else torch.float32)
+        groups = in_features // (storage.group_size or in_features)
+        scales = torch.empty((out_features, groups), dtype=torch.float32 if format.bits == 8 else torch.float16)
         shape = (out_features, in_features)
         if format.bits == 4:
             codes = {"weight_packed": torch.empty((out_features, in_features // 8), dtype=torch.int32)}

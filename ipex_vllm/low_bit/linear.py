@@ -21,25 +21,25 @@ KERNELS: tuple[type[LowBitLinear], ...] = (
     XpuInt4Linear,
     XpuFp8Linear,
     OneDnnInt8Linear,
-    VllmW4A8Linear,
     W4A8Linear,
+    VllmW4A8Linear,
     W8A16Linear,
     VllmW4A16Linear,
     DequantizingLinear,
 )
 
 
-def choose_kernel(format: Format, out_features: int, dtype: torch.dtype) -> type[LowBitLinear]:
-    """Return the fastest kernel for a layer of this format, shape and activation dtype on this machine."""
+def choose_kernel(format: Format, group_size: int | None, out_features: int, dtype: torch.dtype) -> type[LowBitLinear]:
+    """Return the preferred kernel for a layer of this format, group, shape and activation dtype on this machine."""
     for kernel in KERNELS:
-        if kernel.unavailable_reason(format, out_features, dtype) is None:
+        if kernel.unavailable_reason(format, group_size, out_features, dtype) is None:
             return kernel
     raise AssertionError("DequantizingLinear computes everything")
 
 
 def make_linear(weight: QuantizedWeight, dtype: torch.dtype) -> LowBitLinear:
     """Pack `weight` for the chosen kernel; `dtype` is that of the activations."""
-    return choose_kernel(weight.format, len(weight.codes), dtype)(weight, dtype)
+    return choose_kernel(weight.format, weight.group_size, len(weight.codes), dtype)(weight, dtype)
 
 
 def summarize(linears: Sequence[LowBitLinear]) -> Iterator[str]:

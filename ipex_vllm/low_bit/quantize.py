@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from ipex_vllm.low_bit.formats import Format
+from ipex_vllm.low_bit.formats import Format, fitting_group_size, unsuitable_reason
 
 # Few enough weights that a step's float32 temporaries stay in the processor's second-level cache.
 CHUNK_WEIGHTS = 2**18
@@ -26,8 +26,8 @@ class QuantizedWeight:
     """A weight [out_features, in_features] as codes of a format.
 
     `codes` [out, in] holds one code per element: uint8 indices of `format.values`, or int8 or 8-bit floats where that
-    is None. `scales` [out, in / group] is float16 for the grouped formats and float32 for those with one scale per
-    output channel ([out, 1]); `mins`, of the same shape and dtype, belongs to the asymmetric formats.
+    is None. `scales` [out, in / group] is float16 for the formats of fewer than 8 bits and float32 for the others,
+    [out, 1] if a whole output channel has one; `mins`, of the same shape and dtype, belongs to the asymmetric formats.
     weight = value(code) * scale + min.
     """
 
@@ -36,17 +36,19 @@ class QuantizedWeight:
     scales: torch.Tensor
     mins: torch.Tensor | None = None
 
+    @property
+    def group_size(self) -> int | None:
+        """How many inputs share a scale; None if all of an output channel's do."""
+        groups = self.scales.shape[1]
+        return None if groups == 1 and self.format.bits == 8 else self.codes.shape[1] // groups
 
-def unsuitable_reason(format: Format, in_features: int) -> str | None:
-    """Say why a layer with `in_features` inputs cannot have this format, or None if it can."""
-    if format.group_size is not None and in_features % format.group_size:
-        return f"{in_features} inputs are no multiple of the group size {format.group_size}"
-    return None
 
-
-def quantize(weight: torch.Tensor, format: Format, *, search: bool = True) -> QuantizedWeight:
+def quantize(
+    weight: torch.Tensor, format: Format, group_size: int | None = None, *, search: bool = True
+) -> QuantizedWeight:
     """Quantize `weight` [out_features, in_features], of any float dtype, to `format`.
 
+    `group_size` inputs share a scale (0: all; None: the format's own number), or fewer where it does not divide them.
     With `search`, the 4- and 5-bit integer formats take, per group, the scale of least squared error among a few;
     without it they are rounded as ggml rounds q4_0, q4_1, q5_0 and q5_1 (ipex-llm's sym_int4, asym_int4, sym_int5
     and asym_int5). Raises ValueError for a dtype format, an unsuitable shape, or weights that are not finite or too
@@ -54,11 +56,11 @@ def quantize(weight: torch.Tensor, format: Format, *, search: bool = True) -> Qu
     """
     if format.kind == "dtype":
         raise ValueError(f"{format.name} is a dtype, not a quantized format")
-    if reason := unsuitable_reason(format, weight.shape[1]):
+    if reason := unsuitable_reason(format, weight.shape[1], group_size):
         raise ValueError(f"{format.name} does not fit a weight of shape {tuple(weight.shape)}: {reason}")
     encode = _encoder(format, search)
     rows = max(1, CHUNK_WEIGHTS // weight.shape[1])
-    groups_per_row = weight.shape[1] // (format.group_size or weight.shape[1])
+    groups_per_row = weight.shape[1] // (fitting_group_size(format, weight.shape[1], group_size) or weight.shape[1])
     codes, scales, mins = [], [], []
     for start in range(0, len(weight), rows):
         chunk = weight[start : start + rows]

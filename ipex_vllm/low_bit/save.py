@@ -11,86 +11,104 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from ipex_vllm.low_bit.architecture import linear_shapes, local_directory
+from ipex_vllm.low_bit.architecture import Linears, linear_layers, local_directory
 from ipex_vllm.low_bit.formats import Format
 from ipex_vllm.low_bit.layout import to_tensors
-from ipex_vllm.low_bit.quantize import quantize, unsuitable_reason
+from ipex_vllm.low_bit.quantize import quantize
 from ipex_vllm.low_bit.readers import ours, quantized_in
+from ipex_vllm.low_bit.recipe import Recipe, Storage, on_load, summarize_kept
 
 
-def save(model_path: str, format: Format, out: Path) -> None:
+def save(model_path: str, format: Format, out: Path, head: str | None = None, group_size: int | None = None) -> None:
     """Quantize the checkpoint at `model_path`, a directory or a Hugging Face name, into the new directory `out`.
 
-    The weights of the linear layers are replaced one by one, so memory holds one file of the result at a time.
-    sym_int4, sym_int8 and fp8_e4m3 are marked as compressed-tensors, which vLLM and others open without this package.
+    The weights of the linear layers are replaced one by one, so memory holds one file of the result at a time. `head`
+    and `group_size` are those of `recipe.on_load`. What is stored in sym_int4, sym_int8 and fp8_e4m3 only is marked as
+    compressed-tensors, which vLLM and others open without this package.
     Raises ValueError for a dtype format, a checkpoint that is quantized already, or an `out` that is not empty.
     """
     if format.kind == "dtype":
         raise ValueError(f"{format.name} quantizes nothing; there is nothing to save")
+    recipe = on_load(format, head, group_size=group_size)
     if (existing := quantized_in(model_path)) is not None:
         raise ValueError(f"{model_path} is already quantized ({existing.description})")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty")
     source = local_directory(model_path)
-    shapes, tied_head = linear_shapes(source)
+    linears = linear_layers(source)
+    stored = {
+        name: recipe.storage(name, in_features, is_head=name == linears.head)
+        for name, (_, in_features) in linears.shapes.items()
+    }
     out.mkdir(parents=True, exist_ok=True)
-    ignored = [tied_head] if tied_head else []
     index: dict[str, str] = {}
-    with tqdm(total=len(shapes), desc=f"Quantizing to {format.name}", unit="layer") as bar:
+    quantized = {name: storage for name, storage in stored.items() if isinstance(storage, Storage)}
+    with tqdm(total=len(quantized), desc=f"Quantizing to {format.name}", unit="layer") as bar:
         for file in sorted(source.glob("*.safetensors")):
             tensors: dict[str, torch.Tensor] = {}
             for name, tensor in ours.tensors_of(file):
                 layer, _, kind = name.rpartition(".")
-                if kind != "weight" or layer not in shapes:
+                if kind != "weight" or layer not in quantized:
                     tensors[name] = tensor
                     continue
-                bar.update()
-                if reason := unsuitable_reason(format, tensor.shape[1]):
-                    bar.write(f"{layer} stays in {tensor.dtype}: {reason}")
-                    ignored.append(layer)
-                    tensors[name] = tensor
-                    continue
-                for suffix, part in to_tensors(quantize(tensor, format)).items():
+                storage = quantized[layer]
+                for suffix, part in to_tensors(quantize(tensor, storage.format, storage.group_size or 0)).items():
                     tensors[f"{layer}.{suffix}"] = part
+                bar.update()
             save_file(tensors, out / file.name, metadata={"format": "pt"})
             index |= dict.fromkeys(tensors, file.name)
+        for line in summarize_kept((name, reason) for name, reason in stored.items() if isinstance(reason, str)):
+            bar.write(line)
     _write_json(out / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
     config = json.loads((source / "config.json").read_text())
-    _write_json(out / "config.json", config | {"quantization_config": _quantization_config(format, ignored)})
+    _write_json(out / "config.json", config | {"quantization_config": _quantization_config(recipe, linears, stored)})
     for file in source.iterdir():
         if file.suffix in (".json", ".jinja", ".model", ".txt") and not (out / file.name).exists():
             shutil.copy(file, out)
 
 
-def _quantization_config(format: Format, ignored: list[str]) -> dict[str, Any]:
-    weights: dict[str, Any] = {"num_bits": format.bits, "symmetric": True, "dynamic": False}
-    activations = {"num_bits": 8, "symmetric": True, "dynamic": True, "strategy": "token"}
-    if format.name == "sym_int4":
-        layout = "pack-quantized"
-        group = {"weights": weights | {"type": "int", "strategy": "group", "group_size": format.group_size}}
-    elif format.name == "sym_int8":
-        layout = "int-quantized"
-        group = {
-            "weights": weights | {"type": "int", "strategy": "channel"},
-            "input_activations": activations | {"type": "int"},
-        }
-    elif format.name == "fp8_e4m3":
-        layout = "float-quantized"
-        group = {
-            "weights": weights | {"type": "float", "strategy": "channel"},
-            "input_activations": activations | {"type": "float"},
-        }
-    else:
-        return {"quant_method": f"ipex_{format.name}", ours.MARK: format.name}
+def _quantization_config(recipe: Recipe, linears: Linears, stored: dict[str, Storage | str]) -> dict[str, Any]:
+    """The entry of config.json: in compressed-tensors' words if it has any for every layer, else ours alone."""
+    layers: dict[Storage, list[str]] = {}
+    for name, storage in stored.items():
+        if isinstance(storage, Storage):
+            layers.setdefault(storage, []).append(name)
+    schemes = {storage: _scheme(storage) for storage in layers}
+    if not all(schemes.values()):
+        return {"quant_method": f"ipex_{recipe.format.name}", **ours.mark(recipe)}
+    ignored = [linears.head] if linears.is_tied and linears.head else []
+    ignored += [name for name, storage in stored.items() if isinstance(storage, str)]
+    groups: dict[str, Any] = {}
+    # The most frequent way is that of all layers that no other group names.
+    for storage in sorted(layers, key=lambda storage: -len(layers[storage])):
+        targets = layers[storage] if groups else ["Linear"]
+        if linears.head in layers[storage]:
+            # vLLM's class for the output head is not called Linear, and its name has no prefix.
+            targets = [*(name for name in targets if name != linears.head), "re:.*lm_head"]
+        groups[f"group_{len(groups)}"] = {"targets": targets, **schemes[storage]}
+    layouts = {group["format"] for group in groups.values()}
     return {
         "quant_method": "compressed-tensors",
-        "format": layout,
+        "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
         "quantization_status": "compressed",
-        # vLLM's class for the output head is not called Linear.
-        "config_groups": {"group_0": {"targets": ["Linear", "re:.*lm_head"], **group}},
+        "config_groups": groups,
         "ignore": ignored,
-        ours.MARK: format.name,
+        **ours.mark(recipe),
     }
+
+
+def _scheme(storage: Storage) -> dict[str, Any]:
+    """How compressed-tensors describes such a weight; empty if it cannot, or no kernel of vLLM's for CPUs takes it."""
+    weights: dict[str, Any] = {"num_bits": storage.format.bits, "symmetric": True, "dynamic": False}
+    activations = {"num_bits": 8, "symmetric": True, "dynamic": True, "strategy": "token"}
+    if storage.format.name == "sym_int4" and storage.group_size is not None:
+        weights |= {"type": "int", "strategy": "group", "group_size": storage.group_size}
+        return {"format": "pack-quantized", "weights": weights}
+    if storage.format.name not in ("sym_int8", "fp8_e4m3") or storage.group_size is not None:
+        return {}
+    layout, kind = ("int-quantized", "int") if storage.format.kind == "integer" else ("float-quantized", "float")
+    weights |= {"type": kind, "strategy": "channel"}
+    return {"format": layout, "weights": weights, "input_activations": activations | {"type": kind}}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

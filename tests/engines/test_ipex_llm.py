@@ -23,6 +23,11 @@ def test_a_format_that_does_not_run_there_names_those_that_do() -> None:
         choose_low_bit(argparse.Namespace(), WorkerOptions(low_bit="nf4"))
 
 
+def test_a_head_of_its_own_format_is_refused() -> None:
+    with pytest.raises(EngineError, match="--low-bit-head: with --engine ipex-llm"):
+        choose_low_bit(argparse.Namespace(), WorkerOptions(low_bit="sym_int4", low_bit_head="sym_int8"))
+
+
 def test_without_ipex_llm_one_line_names_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(EngineError, match="make env-ipex-llm"):

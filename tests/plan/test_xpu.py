@@ -159,7 +159,7 @@ def test_a_format_that_is_offered_has_its_kernel_and_the_right_result(
 def test_a_processors_kernel_is_never_chosen_on_a_gpu_for_a_format_that_is_offered(calls: Calls) -> None:
     for row in FORMATS.values():
         if row.kind != "dtype" and row.runs_on_xpu:
-            assert choose_kernel(row, 4096, torch.bfloat16).kernel.startswith("xpu-")
+            assert choose_kernel(row, row.group_size, 4096, torch.bfloat16).kernel.startswith("xpu-")
 
 
 def test_a_format_without_a_gpu_kernel_is_refused_with_those_that_have_one() -> None:

@@ -19,19 +19,25 @@ class LowBitLinear(nn.Module):
         kernel: its name, as it is logged.
         formats: the formats that it computes.
         dtypes: those of the activations.
+        group_sizes: how many inputs may share a scale, None for all of an output channel's; empty for any number.
         outputs_multiple: what out_features must be a multiple of.
     """
 
     kernel = ""
     formats: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+    group_sizes: tuple[int | None, ...] = ()
     outputs_multiple = 1
 
     @classmethod
-    def unavailable_reason(cls, format: Format, out_features: int, dtype: torch.dtype) -> str | None:
+    def unavailable_reason(
+        cls, format: Format, group_size: int | None, out_features: int, dtype: torch.dtype
+    ) -> str | None:
         """Say why this kernel cannot compute such a layer on this machine, or None if it can."""
         if format.name not in cls.formats:
             return f"computes {', '.join(cls.formats)} only"
+        if cls.group_sizes and group_size not in cls.group_sizes:
+            return f"computes groups of {', '.join(map(str, cls.group_sizes))} only"
         if reason := cls.missing():
             return reason
         if dtype not in cls.dtypes:
@@ -48,6 +54,7 @@ class LowBitLinear(nn.Module):
     def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
         super().__init__()
         self.format = weight.format
+        self.group_size = weight.group_size
         self.out_features, self.in_features = weight.codes.shape
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -6,7 +6,6 @@ import functools
 
 import torch
 
-from ipex_vllm.low_bit.kernels import w4a8
 from ipex_vllm.low_bit.kernels.base import LowBitLinear
 from ipex_vllm.low_bit.quantize import QuantizedWeight, pack_nibbles
 
@@ -30,6 +29,7 @@ class OneDnnInt8Linear(LowBitLinear):
 
     kernel = "onednn-w8a8"
     formats = ("sym_int8",)
+    group_sizes = (None,)
 
     @classmethod
     def missing(cls) -> str | None:
@@ -55,7 +55,10 @@ class OneDnnInt8Linear(LowBitLinear):
 
 
 class VllmW4A8Linear(LowBitLinear):
-    """vLLM's 4-bit matmul with activations quantized to uint8 per token; it has an AMX path."""
+    """vLLM's 4-bit matmul with activations quantized to uint8 per token; it has an AMX path.
+
+    Fast with many rows there, but the last choice: it rounds the activations, and the scales to bfloat16.
+    """
 
     kernel = "vllm-w4a8"
     formats = ("sym_int4",)
@@ -64,11 +67,8 @@ class VllmW4A8Linear(LowBitLinear):
 
     @classmethod
     def missing(cls) -> str | None:
-        if "int4_scaled_mm_cpu" not in operators():
-            return "needs vLLM's CPU library, which has it from AVX-512 BF16 on"
-        if not torch.cpu._is_amx_tile_supported() and w4a8.unavailable_reason() is None:
-            return "is slower than w4a8 without AMX"
-        return None
+        has_it = "int4_scaled_mm_cpu" in operators()
+        return None if has_it else "needs vLLM's CPU library, which has it from AVX-512 BF16 on"
 
     def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
         super().__init__(weight, dtype)
@@ -86,6 +86,8 @@ class VllmW4A8Linear(LowBitLinear):
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         tokens = x.reshape(-1, self.in_features)
+        if tokens.shape[0] == 0:  # it divides by their number
+            return x.new_empty((*x.shape[:-1], self.out_features))
         y: torch.Tensor = torch.ops._C.int4_scaled_mm_cpu(
             tokens, self.packed, self.zeros, self.scales, None if bias is None else bias.float()
         )

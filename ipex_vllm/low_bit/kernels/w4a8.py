@@ -150,6 +150,7 @@ class W4A8Linear(LowBitLinear):
 
     kernel = "w4a8"
     formats = ("sym_int4", "asym_int4")
+    group_sizes = GROUP_SIZES
     packed: torch.Tensor
 
     @classmethod
@@ -159,8 +160,9 @@ class W4A8Linear(LowBitLinear):
     def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
         super().__init__(weight, dtype)
         mins = None if weight.mins is None else weight.mins.float()
+        assert weight.group_size is not None
+        self.inputs_per_scale = weight.group_size
         self.register_buffer("packed", pack(weight.codes, weight.scales.float(), mins), persistent=False)
-        self.group_size = self.in_features // weight.scales.shape[1]
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return linear(x, self.packed, bias, self.out_features, self.group_size, self.format.symmetric)
+        return linear(x, self.packed, bias, self.out_features, self.inputs_per_scale, self.format.symmetric)

@@ -117,6 +117,7 @@ class W8A16Linear(LowBitLinear):
 
     kernel = "w8a16"
     formats = ("fp8_e4m3", "fp8_e5m2")
+    group_sizes = (None,)
     packed: torch.Tensor
 
     @classmethod

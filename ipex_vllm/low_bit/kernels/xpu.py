@@ -28,6 +28,7 @@ class XpuInt4Linear(LowBitLinear):
 
     kernel = "xpu-w4a16"
     formats = ("sym_int4",)
+    group_sizes = (32, 64, 128)
     dtypes = (torch.bfloat16, torch.float16)
     packed: torch.Tensor
 
@@ -37,7 +38,6 @@ class XpuInt4Linear(LowBitLinear):
 
     def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
         super().__init__(weight, dtype)
-        self.group_size = self.in_features // weight.scales.shape[1]
         device = weight.codes.device
         # Eight codes of one output channel in a word, the first input in its lowest bits.
         words = weight.codes.to(torch.int32).view(self.out_features, -1, 8) << torch.arange(0, 32, 4, device=device)
@@ -58,6 +58,7 @@ class XpuFp8Linear(LowBitLinear):
 
     kernel = "xpu-w8a16"
     formats = ("fp8_e4m3", "fp8_e5m2")
+    group_sizes = (None,)
     dtypes = (torch.bfloat16, torch.float16)
     codes: torch.Tensor
 

@@ -12,17 +12,17 @@ ipex-llm merges some layers before it saves; they are cut apart again, so names 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ipex_vllm.low_bit.architecture import linear_shapes, read_config
-from ipex_vllm.low_bit.formats import FORMATS
+from ipex_vllm.low_bit.architecture import linear_layers, read_config
+from ipex_vllm.low_bit.formats import FORMATS, Format
 from ipex_vllm.low_bit.layout import to_tensors
 from ipex_vllm.low_bit.quantize import QuantizedWeight, dequantize
 from ipex_vllm.low_bit.readers.base import ExistingQuantization
+from ipex_vllm.low_bit.recipe import Recipe
 
 # The entry of config.json by which ipex-llm's `save_low_bit` names its format.
 MARK = "bigdl_transformers_low_bit"
@@ -44,13 +44,18 @@ def recognises(model_path: str, config: dict[str, Any]) -> ExistingQuantization 
     return ExistingQuantization(name, f"{name}, saved by ipex-llm", arguments)
 
 
+def recipe_of(format: Format) -> Recipe:
+    """How ipex-llm stores a model: its head like the rest, and in blocks of one size."""
+    return Recipe(format, BLOCK, format, falls_back=False)
+
+
 def decode(blocks: torch.Tensor, format_name: str, in_features: int) -> QuantizedWeight:
     """The weight in `blocks`, flat uint8, of a layer with `in_features` inputs."""
     rows = blocks.view(-1, in_features // BLOCK, BLOCK_BYTES[format_name])
     if format_name == "sym_int8":
         scales = rows[..., :4].contiguous().view(torch.float32).squeeze(-1)
         codes = rows[..., 4:].contiguous().view(torch.int8).flatten(1)
-        return QuantizedWeight(replace(FORMATS[format_name], group_size=BLOCK), codes, scales)
+        return QuantizedWeight(FORMATS[format_name], codes, scales)
     terms = rows[..., :-32].contiguous().view(torch.float16)
     codes = torch.cat((rows[..., -32:] & 15, rows[..., -32:] >> 4), dim=-1).flatten(1)
     mins = terms[..., 1].contiguous() if format_name == "asym_int4" else None
@@ -65,7 +70,7 @@ def read(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     tensors: one that would run code on loading is refused by PyTorch.
     """
     name = read_config(str(directory))[MARK]
-    shapes, _ = linear_shapes(directory)
+    shapes = linear_layers(directory).shapes
     for file in sorted(directory.glob("pytorch_model*.bin")):
         for key, tensor in torch.load(file, map_location="cpu", weights_only=True, mmap=True).items():
             layer, _, kind = key.rpartition(".")

@@ -9,16 +9,40 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from ipex_vllm.low_bit.formats import resolve
 from ipex_vllm.low_bit.readers.base import ExistingQuantization
+from ipex_vllm.low_bit.recipe import NONE, Recipe
 
 # The entry of config.json's `quantization_config` that marks a checkpoint as written here.
 MARK = "ipex_vllm_format"
+# Beside it, the two other parts of the recipe: a number (absent: 64, and no layer fell back to less) and a format's
+# name or "none" (absent: the format of the other layers).
+GROUP_SIZE, HEAD = "ipex_vllm_group_size", "ipex_vllm_head"
 
 
 def recognises(model_path: str, config: dict[str, Any]) -> ExistingQuantization | None:
     """What the checkpoint is, if it was written here."""
     name = (config.get("quantization_config") or {}).get(MARK)
     return ExistingQuantization(name, name, {"quantization": f"ipex_{name}"}) if name else None
+
+
+def mark(recipe: Recipe) -> dict[str, Any]:
+    """The entries of `quantization_config` that say how a checkpoint was written."""
+    format, head = recipe.format, recipe.head
+    group_size = format.group_size if recipe.group_size is None else recipe.group_size
+    return {MARK: format.name, GROUP_SIZE: group_size or 0, HEAD: head.name if head is not None else NONE}
+
+
+def recipe_of(quantization: dict[str, Any]) -> Recipe:
+    """The recipe that a checkpoint with this `quantization_config` was written by: the inverse of `mark`."""
+    format = resolve(quantization[MARK])
+    head = quantization.get(HEAD, format.name)
+    return Recipe(
+        format,
+        quantization.get(GROUP_SIZE, 64 if format.bits < 8 else 0),
+        None if head == NONE else resolve(head),
+        falls_back=GROUP_SIZE in quantization,
+    )
 
 
 def read(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:

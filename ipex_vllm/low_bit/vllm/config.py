@@ -6,24 +6,27 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from vllm.logger import init_logger
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.platforms import current_platform
 
 from ipex_vllm.low_bit.formats import FORMATS, Format
 from ipex_vllm.low_bit.readers import ipex_llm, ours
+from ipex_vllm.low_bit.recipe import Recipe, on_load
 from ipex_vllm.low_bit.vllm.linear import EmbeddingMethod, LowBitMethod, OpenSaved, QuantizeOnLoad
 from ipex_vllm.low_bit.vllm.progress import Progress
 
-# vLLM configures the loggers below its own name only.
-logger = init_logger(f"vllm.{__name__}")
-
 
 class LowBitConfig(QuantizationConfig):  # type: ignore[misc]
-    """Quantize every linear layer and the output head while the checkpoint loads; embeddings stay as they are."""
+    """Quantize the linear layers and the output head while the checkpoint loads; embeddings stay as they are.
+
+    vLLM's `additional_config` may choose the head's format and the group size, by the names that `save` writes into a
+    checkpoint: `--additional-config '{"ipex_vllm_head": "none", "ipex_vllm_group_size": 32}'`.
+    """
 
     format: ClassVar[Format]
 
@@ -31,6 +34,7 @@ class LowBitConfig(QuantizationConfig):  # type: ignore[misc]
         super().__init__()
         self.progress = Progress(self.format)
         self.method: type[LowBitMethod] = QuantizeOnLoad
+        self.recipe: Recipe | None = None
 
     @classmethod
     def get_name(cls) -> str:
@@ -51,7 +55,7 @@ class LowBitConfig(QuantizationConfig):  # type: ignore[misc]
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> LowBitConfig:
         self = cls()
-        self.method = OpenSaved
+        self.method, self.recipe = OpenSaved, ours.recipe_of(config)
         return self
 
     @classmethod
@@ -74,17 +78,26 @@ class LowBitConfig(QuantizationConfig):  # type: ignore[misc]
             raise ValueError(already_quantized(saved_in, self.get_name()))
         # The loader of ipex-llm's checkpoints hands out blocks of 4 bits as they are, and others dequantized.
         if saved_in is not None and self.format.bits == 4:
-            self.method = OpenSaved
+            self.method, self.recipe = OpenSaved, ipex_llm.recipe_of(self.format)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, LinearBase | ParallelLMHead):
-            return self.method(self.format, self.progress, prefix)
+            if self.recipe is None:  # a vLLM config is at hand only while the model is built
+                self.recipe = recipe_on_load(self.format)
+            return self.method(self.recipe, self.progress, prefix)
         if isinstance(layer, VocabParallelEmbedding):
             return EmbeddingMethod()
         if isinstance(layer, RoutedExperts):
-            logger.warning("%s: mixture-of-experts weights are not quantized", prefix)
+            self.progress.keep_layer(prefix, "experts are not quantized")
             return UnquantizedFusedMoEMethod(layer.moe_config)
         return None
+
+
+def recipe_on_load(format: Format) -> Recipe:
+    """The recipe for the model being built, with the wishes in vLLM's `additional_config`."""
+    wishes = get_current_vllm_config().additional_config
+    wishes = wishes if isinstance(wishes, dict) else {}
+    return on_load(format, wishes.get(ours.HEAD), current_platform.device_type, wishes.get(ours.GROUP_SIZE))
 
 
 def _config_class(format: Format) -> type[LowBitConfig]:

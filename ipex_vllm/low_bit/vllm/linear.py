@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     UnquantizedLinearMethod,
@@ -18,15 +17,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScaleParameter, ModelWeightParameter
 
-from ipex_vllm.low_bit.formats import Format
 from ipex_vllm.low_bit.layout import from_tensors, meta_tensors
 from ipex_vllm.low_bit.linear import make_linear
 from ipex_vllm.low_bit.memory import forget_pages
-from ipex_vllm.low_bit.quantize import QuantizedWeight, quantize, unsuitable_reason
+from ipex_vllm.low_bit.quantize import QuantizedWeight, quantize
+from ipex_vllm.low_bit.recipe import Recipe, Storage
 from ipex_vllm.low_bit.vllm.progress import Progress
-
-# vLLM configures the loggers below its own name only.
-logger = init_logger(f"vllm.{__name__}")
 
 
 class EmbeddingMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
@@ -34,6 +30,30 @@ class EmbeddingMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
 
     def process_weights_after_loading(self, layer: Any) -> None:
         pass
+
+
+class KeptLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
+    """A linear layer as it is, and the line that says so."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__()
+        self.progress = progress
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        super().process_weights_after_loading(layer)
+        self.progress.report_kept_layers()
+
+
+class KeptHeadMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
+    """An output head as it is, and the line that says so."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__()
+        self.progress = progress
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        super().process_weights_after_loading(layer)
+        self.progress.report_kept_layers()
 
 
 def forgetting(weight_loader: Callable[..., None]) -> Callable[..., None]:
@@ -52,9 +72,10 @@ class LowBitMethod(LinearMethodBase):  # type: ignore[misc]
 
     # Makes vLLM finish the layers whose weights did not all come from the checkpoint: padded or tied output heads.
     uses_meta_device = True
+    storage: Storage
 
-    def __init__(self, format: Format, progress: Progress, prefix: str) -> None:
-        self.format = format
+    def __init__(self, recipe: Recipe, progress: Progress, prefix: str) -> None:
+        self.recipe = recipe
         self.progress = progress
         self.prefix = prefix
         self.embedding_layer: Any = None
@@ -70,10 +91,12 @@ class LowBitMethod(LinearMethodBase):  # type: ignore[misc]
         weight_loader: Any,
         **extra_weight_attrs: Any,
     ) -> None:
-        if reason := unsuitable_reason(self.format, self.unsplit_inputs(input_size, input_size_per_partition)):
-            logger.warning("%s stays in %s: %s", self.prefix, params_dtype, reason)
-            is_head = isinstance(layer, ParallelLMHead)
-            layer.quant_method = UnquantizedEmbeddingMethod() if is_head else UnquantizedLinearMethod()
+        is_head = isinstance(layer, ParallelLMHead)
+        inputs = self.unsplit_inputs(input_size, input_size_per_partition)
+        storage = self.recipe.storage(self.prefix, inputs, is_head=is_head)
+        if isinstance(storage, str):
+            self.progress.keep_layer(self.prefix, storage)
+            layer.quant_method = KeptHeadMethod(self.progress) if is_head else KeptLinearMethod(self.progress)
             layer.quant_method.create_weights(
                 layer,
                 input_size_per_partition,
@@ -85,6 +108,7 @@ class LowBitMethod(LinearMethodBase):  # type: ignore[misc]
                 **extra_weight_attrs,
             )
             return
+        self.storage = storage
         layer.low_bit_dtype = params_dtype
         for name, parameter in self.parameters(
             sum(output_partition_sizes), input_size_per_partition, params_dtype, forgetting(weight_loader)
@@ -123,12 +147,15 @@ class LowBitMethod(LinearMethodBase):  # type: ignore[misc]
         if hasattr(layer, "low_bit"):
             return
         if self.embedding_layer is not None:
-            weight = quantize(self.embedding_layer.weight.detach(), self.format)
+            weight = self.quantize(self.embedding_layer.weight)
         else:
             weight = self.quantized_weight(layer)
             self.drop_parameters(layer)
         layer.low_bit = make_linear(weight, layer.low_bit_dtype)
         self.progress.finish_layer(layer.low_bit)
+
+    def quantize(self, weight: torch.Tensor) -> QuantizedWeight:
+        return quantize(weight.detach(), self.storage.format, self.storage.group_size or 0)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         y: torch.Tensor = layer.low_bit(x, bias)
@@ -149,7 +176,7 @@ class QuantizeOnLoad(LowBitMethod):
         yield "weight", ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=weight_loader)
 
     def quantized_weight(self, layer: Any) -> QuantizedWeight:
-        return quantize(layer.weight.detach(), self.format)
+        return self.quantize(layer.weight)
 
 
 @register_weight_loader_v2_supported_method
@@ -163,15 +190,17 @@ class OpenSaved(LowBitMethod):
     def parameters(
         self, out_features: int, in_features: int, dtype: torch.dtype, weight_loader: Any
     ) -> Iterator[tuple[str, BasevLLMParameter]]:
-        if reason := unsuitable_reason(self.format, in_features):
+        group_size = self.storage.group_size
+        if group_size is not None and in_features % group_size:
+            reason = f"{in_features} inputs are no multiple of the group size {group_size}"
             raise ValueError(f"{self.prefix} cannot be split over so many ranks: {reason}")
-        for name, like in meta_tensors(self.format, out_features, in_features).items():
+        for name, like in meta_tensors(self.storage, out_features, in_features).items():
             if name == "weight_shape":
                 yield name, BasevLLMParameter(data=like, weight_loader=weight_loader)
-            elif name == "weight_scale" and self.format.group_size is None:
+            elif name == "weight_scale" and group_size is None:
                 yield name, ChannelQuantScaleParameter(data=like, output_dim=0, weight_loader=weight_loader)
             else:
                 yield name, ModelWeightParameter(data=like, input_dim=1, output_dim=0, weight_loader=weight_loader)
 
     def quantized_weight(self, layer: Any) -> QuantizedWeight:
-        return from_tensors(self.format, {name: tensor.detach() for name, tensor in layer.named_parameters()})
+        return from_tensors(self.storage.format, {name: tensor.detach() for name, tensor in layer.named_parameters()})

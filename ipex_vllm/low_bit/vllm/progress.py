@@ -12,22 +12,36 @@ from ipex_vllm.low_bit.formats import Format
 from ipex_vllm.low_bit.kernels.base import LowBitLinear
 from ipex_vllm.low_bit.linear import summarize
 from ipex_vllm.low_bit.memory import trim_heap
+from ipex_vllm.low_bit.recipe import summarize_kept
 
 # vLLM configures the loggers below its own name only.
 logger = init_logger(f"vllm.{__name__}")
 
 
 class Progress:
-    """A bar over the layers being quantized, on the first rank, and at its end one line per kernel in use."""
+    """A bar over the layers being quantized, on the first rank, and at its end a line for each kernel in use.
+
+    Another one for each reason why layers stay as they are."""
 
     def __init__(self, format: Format) -> None:
         self.format = format
         self.expected = 0
         self.bar: tqdm[Any] | None = None
         self.finished: list[LowBitLinear] = []
+        self.kept: list[tuple[str, str]] = []
 
     def expect_layer(self) -> None:
         self.expected += 1
+
+    def keep_layer(self, name: str, reason: str) -> None:
+        """Note a layer that stays as it is."""
+        self.kept.append((name, reason))
+
+    def report_kept_layers(self) -> None:
+        """Say once, when the model is loaded, which layers stay as they are."""
+        for line in summarize_kept(self.kept):
+            logger.info("%s", line)
+        self.kept.clear()
 
     def finish_layer(self, linear: LowBitLinear) -> None:
         if self.bar is None:
@@ -42,4 +56,5 @@ class Progress:
             for line in summarize(self.finished):
                 logger.info("%s", line)
             self.finished.clear()
+            self.report_kept_layers()
             trim_heap()

@@ -1,0 +1,89 @@
+"""What becomes of each linear layer of a model: the one place where that is decided. Standard library only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from ipex_vllm.low_bit.formats import Format, fitting_group_size, resolve, unsuitable_reason
+
+# What `--low-bit-head` takes beside the names of the formats: the format of the other layers, and none at all.
+SAME, NONE = "same", "none"
+
+# The layers that choose a token's experts. They are tiny, and a wrong choice is the largest error that there is.
+ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How one weight is stored: its format, and how many inputs share a scale (None: all of an output channel's)."""
+
+    format: Format
+    group_size: int | None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model's linear layers are stored.
+
+    Attributes:
+        format: that of all layers but the output head.
+        group_size: the inputs that share a scale where they divide a layer's; None for the format's default.
+        head: the output head's format; None if it stays as it is.
+        head_reason: why it does.
+        falls_back: whether a layer whose inputs `group_size` does not divide takes a smaller group.
+    """
+
+    format: Format
+    group_size: int | None = None
+    head: Format | None = None
+    head_reason: str = "left as it is"
+    falls_back: bool = True
+
+    def storage(self, name: str, in_features: int, *, is_head: bool = False) -> Storage | str:
+        """How the layer called `name`, with `in_features` inputs, is stored, or in words why it stays as it is."""
+        if ROUTER.search(name):
+            return "a router is not quantized"
+        format = self.head if is_head else self.format
+        if format is None:
+            return self.head_reason
+        # An 8-bit head beside 4-bit layers has its own default.
+        wanted = self.group_size if format is self.format else None
+        if reason := unsuitable_reason(format, in_features, wanted, falls_back=self.falls_back):
+            return reason
+        return Storage(format, fitting_group_size(format, in_features, wanted))
+
+
+def on_load(format: Format, head: str | None = None, device: str = "cpu", group_size: int | None = None) -> Recipe:
+    """The recipe for quantizing a model to `format`, with the head in the format `head`.
+
+    That is a name, "same" for the other layers' or "none" for neither. By default (None) the head has 8 bits, tied to
+    the embedding or not: at fewer it is what costs most of a model's answers. On an Intel GPU ("xpu") there is no
+    kernel for 8-bit integers; there a format of 8 bits is the head's, too, and beside one of fewer bits the head stays
+    as it is.
+
+    Raises ValueError for an unknown name, or a format without a kernel on `device`.
+    """
+    if head is None and device == "xpu" and format.bits < 8:
+        return Recipe(format, group_size, None, "there is no kernel for 8-bit integers on XPU")
+    if head is None:
+        head = SAME if device == "xpu" else "sym_int8"
+    if head == NONE:
+        return Recipe(format, group_size)
+    chosen = format if head == SAME else resolve(head)
+    if chosen.kind == "dtype":
+        raise ValueError(f"{chosen.name} quantizes nothing: use {NONE} for an output head that stays as it is")
+    if device == "xpu" and not chosen.runs_on_xpu:
+        raise ValueError(f"{chosen.name} has no kernel on XPU, for the output head either")
+    return Recipe(format, group_size, chosen)
+
+
+def summarize_kept(kept: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """A line for each reason why layers, given as (name, reason), stay as they are; it names the first of them."""
+    names: dict[str, list[str]] = {}
+    for name, reason in kept:
+        names.setdefault(reason, []).append(name)
+    for reason, layers in names.items():
+        others = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+        yield f"not quantized: {layers[0]}{others} ({reason})"

@@ -1,0 +1,134 @@
+"""What becomes of each layer, and the bytes that it takes."""
+
+import math
+import sys
+from collections.abc import Sequence
+from subprocess import run
+
+import pytest
+import torch
+
+from ipex_vllm.low_bit.formats import FORMATS
+from ipex_vllm.low_bit.layout import to_tensors
+from ipex_vllm.low_bit.quantize import quantize
+from ipex_vllm.low_bit.recipe import Storage, on_load, summarize_kept
+from ipex_vllm.low_bit.sizes import loaded_bytes
+
+INT4, INT8, FP8 = FORMATS["sym_int4"], FORMATS["sym_int8"], FORMATS["fp8_e4m3"]
+LAYERS = {
+    "model.layers.0.self_attn.q_proj.weight": (128, 128),
+    "model.layers.0.mlp.down_proj.weight": (128, 192),
+    "model.layers.0.mlp.gate_proj.weight": (192, 128),
+    "model.layers.0.input_layernorm.weight": (128,),
+    "model.embed_tokens.weight": (320, 128),
+    "lm_head.weight": (320, 128),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.mlp.gate",
+        "model.layers.3.block_sparse_moe.gate",
+        "model.layers.0.mlp.shared_expert_gate",
+        "model.layers.0.mlp.router",
+        "model.layers.0.feed_forward.router",
+        "encoder.block.1.layer.1.mlp.router.classifier",
+    ],
+)
+def test_what_chooses_a_tokens_experts_is_never_quantized(name: str) -> None:
+    for row in (INT4, INT8):
+        assert on_load(row).storage(name, 128) == "a router is not quantized"
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.gate_up_proj", "gate_proj"])
+def test_a_gated_mlp_has_no_router(name: str) -> None:
+    assert on_load(INT4).storage(name, 128) == Storage(INT4, INT4.group_size)
+
+
+@pytest.mark.parametrize("row", [row for row in FORMATS.values() if row.kind != "dtype"], ids=lambda row: row.name)
+def test_the_head_has_eight_bits_by_default(row) -> None:
+    assert on_load(row).storage("lm_head", 128, is_head=True) == Storage(INT8, INT8.group_size)
+
+
+def test_on_a_gpu_the_head_has_a_format_with_a_kernel_there_or_none_and_the_reason_is_said() -> None:
+    assert on_load(FP8, device="xpu").head is FP8
+    assert on_load(INT4, "same", "xpu").head is INT4
+    assert on_load(INT4, device="xpu").storage("lm_head", 128, is_head=True) == (
+        "there is no kernel for 8-bit integers on XPU"
+    )
+
+
+def test_what_stays_is_said_in_a_line_for_each_reason() -> None:
+    kept = [("a", "too wide"), ("b", "a router"), ("c", "too wide"), ("d", "too wide")]
+    assert list(summarize_kept(kept)) == ["not quantized: a and 2 more (too wide)", "not quantized: b (a router)"]
+
+
+def checkpoint(shapes: dict[str, Sequence[int]], itemsize: int = 2) -> dict[str, tuple[Sequence[int], int]]:
+    return {name: (shape, itemsize) for name, shape in shapes.items()}
+
+
+def bytes_of(shape: Sequence[int], storage: Storage) -> int:
+    """Those of the tensors of such a weight."""
+    tensors = to_tensors(quantize(torch.randn(*shape), storage.format, storage.group_size or 0))
+    return sum(tensor.nbytes for name, tensor in tensors.items() if name != "weight_shape")
+
+
+@pytest.mark.parametrize("name", ["sym_int4", "asym_int4", "sym_int8", "fp8_e4m3", "nf4", "sym_int5"])
+@pytest.mark.parametrize("head", [None, "same", "none"])
+def test_the_bytes_are_those_of_the_codes_and_scales_and_of_all_that_stays(name: str, head: str | None) -> None:
+    recipe = on_load(FORMATS[name], head)
+    expected = 0
+    for key, shape in LAYERS.items():
+        storage: Storage | str = ""
+        if len(shape) == 2 and "embed" not in key:
+            storage = recipe.storage(key.removesuffix(".weight"), shape[1], is_head=key.startswith("lm_head"))
+        if isinstance(storage, str):
+            expected += 2 * math.prod(shape)
+            continue
+        expected += bytes_of(shape, storage)
+        if storage.format.bits == 4 and not storage.format.is_packed:
+            expected += math.prod(shape) // 2  # packed on disk, a byte each in memory
+    assert loaded_bytes(checkpoint(LAYERS), name, head=head) == expected
+
+
+def test_unquantized_a_model_takes_what_its_elements_do() -> None:
+    elements = sum(math.prod(shape) for shape in LAYERS.values())
+    assert loaded_bytes(checkpoint(LAYERS), None) == 2 * elements
+    assert loaded_bytes(checkpoint(LAYERS, itemsize=4), "bf16") == 2 * elements
+    assert loaded_bytes(checkpoint(LAYERS), "fp32") == 4 * elements
+
+
+def test_a_tied_head_takes_bytes_of_its_own_only_if_it_is_quantized() -> None:
+    tied = {name: shape for name, shape in LAYERS.items() if name != "lm_head.weight"}
+    assert loaded_bytes(checkpoint(tied), None, is_tied=True) == loaded_bytes(checkpoint(tied), None)
+    for head in (None, "same"):
+        untied = loaded_bytes(checkpoint(LAYERS), "sym_int4", head=head)
+        assert loaded_bytes(checkpoint(tied), "sym_int4", head=head, is_tied=True) == untied
+        # Some checkpoints have the head all the same.
+        assert loaded_bytes(checkpoint(LAYERS), "sym_int4", head=head, is_tied=True) == untied
+    head_bytes = 2 * 320 * 128
+    untied = loaded_bytes(checkpoint(LAYERS), "sym_int4", head="none")
+    assert loaded_bytes(checkpoint(tied), "sym_int4", head="none", is_tied=True) == untied - head_bytes
+
+
+def test_experts_and_routers_are_counted_as_they_are() -> None:
+    experts = {
+        "model.layers.0.mlp.experts.0.down_proj.weight": (128, 192),
+        "model.layers.0.mlp.experts.gate_up_proj": (8, 384, 128),
+        "model.layers.0.mlp.gate.weight": (8, 128),
+    }
+    more = loaded_bytes(checkpoint(LAYERS | experts), "sym_int4") - loaded_bytes(checkpoint(LAYERS), "sym_int4")
+    assert more == 2 * sum(math.prod(shape) for shape in experts.values())
+    shared = {"model.layers.0.mlp.shared_experts.down_proj.weight": (128, 192)}
+    more = loaded_bytes(checkpoint(LAYERS | shared), "sym_int4") - loaded_bytes(checkpoint(LAYERS), "sym_int4")
+    assert more == bytes_of((128, 192), Storage(INT4, INT4.group_size))
+
+
+def test_a_layer_that_no_group_fits_is_counted_as_it_is() -> None:
+    assert loaded_bytes({"down_proj.weight": ((128, 100), 2)}, "sym_int4") == 2 * 128 * 100
+
+
+def test_the_recipe_and_the_sizes_are_read_without_pytorch() -> None:
+    code = "import ipex_vllm.low_bit.recipe, ipex_vllm.low_bit.sizes, sys; assert 'torch' not in sys.modules"
+    assert run([sys.executable, "-c", code]).returncode == 0
