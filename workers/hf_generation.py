@@ -52,7 +52,7 @@ class Generation(StoppingCriteria):  # type: ignore[misc]
         prompt: list[int],
         max_new_tokens: int,
         stop_token_ids: frozenset[int],
-        on_step: Callable[[list[Delta]], None],
+        on_step: Callable[[list[Delta]], object],
         aborted: threading.Event,
         has_own_cache: bool = False,
     ) -> None:
@@ -129,7 +129,8 @@ class Generation(StoppingCriteria):  # type: ignore[misc]
         entries = (
             [TokenLogprob(token_text(self._decode_all, (), self._prompt[0]), None, None)] if wants_logprobs else []
         )
-        for chunk in prompt[:, :-num_left].split(chunk_tokens, dim=1) if prompt.shape[1] > num_left else ():
+        chunks = prompt[:, :-num_left].split(chunk_tokens, dim=1)  # type: ignore[no-untyped-call]
+        for chunk in chunks if prompt.shape[1] > num_left else ():
             if self._aborted.is_set():
                 break
             if wants_logprobs:

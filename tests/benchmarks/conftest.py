@@ -10,7 +10,7 @@ import pytest
 from aiohttp.test_utils import TestServer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from benchmarks.workload import PromptWriter
+from benchmarks.load.workload import PromptWriter
 from tests.benchmarks.fake_server import Behaviour, create_app
 
 

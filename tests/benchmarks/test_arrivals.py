@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.arrivals import ClosedLoop, OpenLoop, plan_arrivals
+from benchmarks.load.arrivals import ClosedLoop, OpenLoop, plan_arrivals
 from benchmarks.options import BenchmarkError
 
 COUNT = 20_000

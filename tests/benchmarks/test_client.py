@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.client import Clock, Event, HttpClient, only_model, record, request_body
-from benchmarks.metrics import Timeline
+from benchmarks.load.client import Clock, Event, HttpClient, only_model, record, request_body
+from benchmarks.load.metrics import Timeline
 from benchmarks.options import BenchmarkError
 from tests.benchmarks.fake_server import Behaviour
 

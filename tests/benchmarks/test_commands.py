@@ -18,9 +18,9 @@ import psutil
 import pytest
 import yaml
 
+from benchmarks.compare.running import RunningSystem
+from benchmarks.compare.systems import launch
 from benchmarks.options import BenchmarkError
-from benchmarks.running import RunningSystem
-from benchmarks.systems import launch
 
 ROOT = Path(__file__).parents[2]
 FAKE = f"{sys.executable} -m tests.benchmarks.fake_server"

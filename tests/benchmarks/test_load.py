@@ -5,12 +5,12 @@ import asyncio
 import numpy as np
 import pytest
 
-from benchmarks.arrivals import ClosedLoop, OpenLoop
-from benchmarks.client import Clock, HttpClient
-from benchmarks.load import Interrupted, LoadOptions, Work, make_work, run_load
-from benchmarks.metrics import Timeline, ttft
+from benchmarks.load.arrivals import ClosedLoop, OpenLoop
+from benchmarks.load.client import Clock, HttpClient
+from benchmarks.load.generate import Interrupted, LoadOptions, Work, make_work, run_load
+from benchmarks.load.metrics import Timeline, ttft
+from benchmarks.load.workload import PromptWriter, Session, Turn
 from benchmarks.options import BenchmarkError
-from benchmarks.workload import PromptWriter, Session, Turn
 from tests.benchmarks.fake_server import Behaviour
 
 

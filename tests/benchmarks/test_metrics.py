@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.metrics import (
+from benchmarks.load.metrics import (
     Slo,
     Timeline,
     common_prefix_share,

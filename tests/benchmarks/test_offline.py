@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.client import Clock
-from benchmarks.metrics import Timeline
-from benchmarks.offline import EngineClient
+from benchmarks.compare.offline import EngineClient
+from benchmarks.load.client import Clock
+from benchmarks.load.metrics import Timeline
 from ipex_vllm.serving.protocol import Delta, GenerateRequest, InternalError
 
 

@@ -6,7 +6,7 @@ import time
 
 import psutil
 
-from benchmarks.resources import ResourceSampler, listening_pid
+from benchmarks.load.resources import ResourceSampler, listening_pid
 
 BUSY = "import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', 'while True: pass']); child.wait()"
 

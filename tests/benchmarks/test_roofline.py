@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.arrivals import ClosedLoop
-from benchmarks.load import LoadOptions, make_work
-from benchmarks.measure import bound_of
+from benchmarks.load.arrivals import ClosedLoop
+from benchmarks.load.generate import LoadOptions, make_work
+from benchmarks.load.measure import bound_of
+from benchmarks.load.workload import PromptWriter
+from benchmarks.micro.bound import FORMATS, Format, ModelShape, Peaks, bound_tps
 from benchmarks.options import BenchmarkError
-from benchmarks.roofline import FORMATS, Format, ModelShape, Peaks, bound_tps
-from benchmarks.workload import PromptWriter
 
 # 100 weights in the body, 20 in the head, KV cache of 2*1*3*2 = 12 bytes a token, attention 4*1*5 = 20 operations.
 SHAPE = ModelShape(body_weights=100, head_weights=20, num_layers=1, attention_width=5, kv_width=3)

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmarks.load import LoadOptions, make_work
+from benchmarks.compare.spec import Spec
+from benchmarks.compare.systems import launch, system_names
+from benchmarks.compare.systems.base import Absent
+from benchmarks.load.generate import LoadOptions, make_work
+from benchmarks.load.workload import PromptWriter
 from benchmarks.options import BenchmarkError
-from benchmarks.spec import Spec
-from benchmarks.systems import launch, system_names
-from benchmarks.systems.base import Absent
-from benchmarks.workload import PromptWriter
 
 CONFIGS = sorted((Path(__file__).parents[2] / "benchmarks" / "configs").glob("*.yaml"))
 GOOD: dict[str, Any] = {

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.statistics import Ratio, noise_floor, paired_ratio, verdict
+from benchmarks.compare.statistics import Ratio, noise_floor, paired_ratio, verdict
 
 
 def test_ratio_and_interval_by_hand() -> None:

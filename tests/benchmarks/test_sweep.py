@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.load import LoadOptions
-from benchmarks.sweep import SweepOptions, is_saturated, knee, load_at
+from benchmarks.load.generate import LoadOptions
+from benchmarks.load.sweep import SweepOptions, is_saturated, knee, load_at
 
 
 @pytest.mark.parametrize(

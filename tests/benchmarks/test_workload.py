@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.load import LoadOptions, make_work
+from benchmarks.load.generate import LoadOptions, make_work
+from benchmarks.load.workload import Lengths, PromptWriter, read_sessions, synthetic_sessions
 from benchmarks.options import BenchmarkError
-from benchmarks.workload import Lengths, PromptWriter, read_sessions, synthetic_sessions
 
 
 def lengths(text: str, count: int = 5000) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.systems.base import Launch, fastchat_worker, python_of
+from benchmarks.compare.systems.base import Launch, fastchat_worker, python_of
 
 
 def launch(model: Path, port: int, flags: list[str]) -> Launch:

@@ -5,7 +5,7 @@ Flags: `--weight-format fp16|int8|int4`. The model is exported by optimum-intel 
 
 from pathlib import Path
 
-from benchmarks.systems.base import Launch, openai_server, python_of
+from benchmarks.compare.systems.base import Launch, openai_server, python_of
 
 
 def launch(model: Path, port: int, flags: list[str]) -> Launch:

@@ -5,9 +5,9 @@
 
 from pathlib import Path
 
-from benchmarks.client import PROTOCOLS
+from benchmarks.compare.systems.base import HOST, Command, Launch
+from benchmarks.load.client import PROTOCOLS
 from benchmarks.options import BenchmarkError
-from benchmarks.systems.base import HOST, Command, Launch
 
 
 def launch(model: Path, port: int, flags: list[str]) -> Launch:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.options import BenchmarkError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 HOST = "127.0.0.1"
 
 

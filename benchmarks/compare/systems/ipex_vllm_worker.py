@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from benchmarks.systems.base import Launch, fastchat_worker
+from benchmarks.compare.systems.base import Launch, fastchat_worker
 
 
 def launch(model: Path, port: int, flags: list[str]) -> Launch:

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from benchmarks.metrics import Timeline, tpot, ttft
+from benchmarks.load.metrics import Timeline, tpot, ttft
 
 PHASE_COLOURS = {"warmup": "0.75", "measured": "tab:blue", "cooldown": "0.75"}
 FAILED_COLOUR = "tab:red"

@@ -9,13 +9,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.arrivals import ClosedLoop
-from benchmarks.client import Client, Clock, HttpClient
-from benchmarks.load import Interrupted, LoadOptions, Work, run_load
-from benchmarks.metrics import Slo, Timeline, summarize
-from benchmarks.resources import ResourceSampler
-from benchmarks.roofline import FORMATS, ModelShape, Peaks, bound_tps
-from benchmarks.workload import Lengths
+from benchmarks.load.arrivals import ClosedLoop
+from benchmarks.load.client import Client, Clock, HttpClient
+from benchmarks.load.generate import Interrupted, LoadOptions, Work, run_load
+from benchmarks.load.metrics import Slo, Timeline, summarize
+from benchmarks.load.resources import ResourceSampler
+from benchmarks.load.workload import Lengths
+from benchmarks.micro.bound import FORMATS, ModelShape, Peaks, bound_tps
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from benchmarks import plots
-from benchmarks.measure import Run
-from benchmarks.metrics import common_prefix_share
-from benchmarks.output import markdown_table, number, write_json, write_requests
-from benchmarks.spec import METRICS, Spec
-from benchmarks.statistics import Ratio, noise_floor, paired_ratio, verdict
+from benchmarks.compare.spec import METRICS, Spec
+from benchmarks.compare.statistics import Ratio, noise_floor, paired_ratio, verdict
+from benchmarks.load import plots
+from benchmarks.load.measure import Run
+from benchmarks.load.metrics import common_prefix_share
+from benchmarks.load.output import markdown_table, number, write_json, write_requests
 
 Stage = Literal["noise", "main"]
 TWIN = "baseline again"

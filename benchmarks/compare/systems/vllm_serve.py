@@ -6,7 +6,7 @@
 import sys
 from pathlib import Path
 
-from benchmarks.systems.base import HOST, Launch, openai_server
+from benchmarks.compare.systems.base import HOST, Launch, openai_server
 
 
 def launch(model: Path, port: int, flags: list[str]) -> Launch:

@@ -17,9 +17,9 @@ from types import TracebackType
 
 import psutil
 
-from benchmarks.client import only_model
+from benchmarks.compare.systems.base import ROOT, Command, Launch
+from benchmarks.load.client import only_model
 from benchmarks.options import BenchmarkError
-from benchmarks.systems.base import ROOT, Command, Launch
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 20.0

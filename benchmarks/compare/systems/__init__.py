@@ -7,8 +7,8 @@ import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.compare.systems.base import Launch
 from benchmarks.options import BenchmarkError
-from benchmarks.systems.base import Launch
 
 
 def system_names() -> list[str]:
@@ -25,7 +25,7 @@ def launch(system: str, model: Path, port: int, flags: Sequence[str]) -> Launch:
     """
     if system not in system_names():
         raise BenchmarkError(f"system {system!r}: expected one of {', '.join(system_names())}")
-    module = importlib.import_module(f"benchmarks.systems.{system}")
+    module = importlib.import_module(f"benchmarks.compare.systems.{system}")
     result = module.launch(model, port, list(flags))
     assert isinstance(result, Launch)
     return result

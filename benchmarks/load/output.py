@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.metrics import Timeline, e2e, tpot, ttft
+from benchmarks.load.metrics import Timeline, e2e, tpot, ttft
 
 Rows = Sequence[Sequence[str]]
 COLUMNS = (

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from benchmarks.systems.base import HOST, Absent, Launch, openai_server
+from benchmarks.compare.systems.base import HOST, Absent, Launch, openai_server
 
 
 def launch(model: Path, port: int, flags: list[str]) -> Launch:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.load import LoadOptions
+from benchmarks.load.generate import LoadOptions
+from benchmarks.micro.bound import FORMATS
 from benchmarks.options import BenchmarkError, from_mapping, read_yaml
-from benchmarks.roofline import FORMATS
 from ipex_vllm.options import option
 
 # Path into a run's summary -> whether more of it is better.
@@ -20,8 +20,8 @@ METRICS = {"output_tps": True, "requests_per_s": True, "ttft_s.p50": False, "tpo
 class SystemSpec:
     """A system to compare."""
 
-    system: str = option("module of benchmarks.systems")
-    format: str = option("its weights, for the roofline: a name from benchmarks.roofline.FORMATS")
+    system: str = option("a name from benchmarks.compare.systems")
+    format: str = option("its weights, for the roofline: a name from benchmarks.micro.bound.FORMATS")
     flags: str = option("more of its command line, quoted as in a shell", "")
     env: dict[str, Any] = field(default_factory=dict, metadata={"help": "environment variables"})
 

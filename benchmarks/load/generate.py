@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.arrivals import USAGE, Arrivals, ClosedLoop, OpenLoop, plan_arrivals
-from benchmarks.client import Client, Clock
-from benchmarks.metrics import Phase, Slo, Timeline
+from benchmarks.load.arrivals import USAGE, Arrivals, ClosedLoop, OpenLoop, plan_arrivals
+from benchmarks.load.client import Client, Clock
+from benchmarks.load.metrics import Phase, Slo, Timeline
+from benchmarks.load.workload import Lengths, PromptWriter, Session, read_sessions, synthetic_sessions
 from benchmarks.options import BenchmarkError
-from benchmarks.workload import Lengths, PromptWriter, Session, read_sessions, synthetic_sessions
 from ipex_vllm.options import option
 
 Progress = Callable[[Timeline], None]
@@ -41,6 +41,12 @@ class LoadOptions:
     ignore_eos: bool = option("ask the server for the full output length", True)
     slo: str = option("objectives that goodput counts, e.g. ttft:1,tpot:0.1 (seconds)", "")
     timeout: float = option("seconds after which a request has failed", 600.0)
+
+
+# Far from the rounds' seeds, which count up from the workload's.
+WARM_UP_SEED = 1_000_000
+# After a pause caches are cold and connections closed: one request that is not kept.
+WAKE_UP = LoadOptions(prompt="16", output="4", requests=1, seed=WARM_UP_SEED)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.findings import (
+from benchmarks.compare.findings import (
     HEADER,
     TWIN,
     Findings,
@@ -31,25 +31,21 @@ from benchmarks.findings import (
     workload_title,
     write_files,
 )
-from benchmarks.load import LoadOptions, Work, make_work
+from benchmarks.compare.running import RunningSystem, split_cores
+from benchmarks.compare.spec import Spec, SystemSpec
+from benchmarks.compare.systems import launch
+from benchmarks.compare.systems.base import ROOT, Absent, Launch
+from benchmarks.load.generate import WAKE_UP, WARM_UP_SEED, LoadOptions, Work, make_work
+from benchmarks.load.measure import Run, Target, bound_of, measure
+from benchmarks.load.output import print_json_line, print_table
+from benchmarks.load.workload import PromptWriter
 from benchmarks.machine import describe_machine
-from benchmarks.measure import Run, Target, bound_of, measure
+from benchmarks.micro.bound import ModelShape, Peaks, peaks_in_subprocess
 from benchmarks.options import BenchmarkError, run_main
-from benchmarks.output import print_json_line, print_table
-from benchmarks.roofline import ModelShape, Peaks, peaks_in_subprocess
-from benchmarks.running import RunningSystem, split_cores
-from benchmarks.spec import Spec, SystemSpec
-from benchmarks.systems import launch
-from benchmarks.systems.base import ROOT, Absent, Launch
-from benchmarks.workload import PromptWriter
 from ipex_vllm.options import Parser
 
 PORTS_PER_SYSTEM = 4
-# Far from the rounds' seeds, which count up from the workload's.
-WARM_UP_SEED = 1_000_000
 WARM_UP_OUTPUT = "4"
-# After a pause caches are cold and connections closed: one request that is not kept.
-WAKE_UP = LoadOptions(prompt="16", output="4", requests=1, seed=WARM_UP_SEED)
 log = Console(stderr=True, highlight=False)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import aiohttp
 
-from benchmarks.metrics import Timeline
+from benchmarks.load.metrics import Timeline
 from benchmarks.options import BenchmarkError
 
 # A cumulative FastChat frame holds the whole text, so a line may be long.

@@ -7,7 +7,7 @@ and it passes no `ignore_eos` on: a request that the model ends early counts as 
 import sys
 from pathlib import Path
 
-from benchmarks.systems.base import HOST, Command, Launch
+from benchmarks.compare.systems.base import HOST, Command, Launch
 
 
 def launch(model: Path, port: int, flags: list[str]) -> Launch:

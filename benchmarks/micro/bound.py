@@ -1,0 +1,153 @@
+"""How fast the hardware could go: its memory bandwidth and matmul peaks, measured, and the bound that follows.
+
+docs/benchmarking.md derives the bound.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.options import BenchmarkError
+from ipex_vllm.low_bit import formats as low_bit
+
+BUFFER_BYTES = 2**30
+MATMUL_SIZE = 2048
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a system keeps its weights: bits per weight, scales included, and what its matmuls compute in."""
+
+    bits: float
+    head_bits: float
+    compute: str
+
+    @classmethod
+    def of(cls, row: low_bit.Format) -> Format:
+        """One of our formats: a group has a 16-bit scale, an asymmetric one a 16-bit minimum beside it."""
+        extra = (16 if row.symmetric else 32) / row.group_size if row.group_size else 0
+        return cls(row.bits + extra, row.bits + extra, "int8" if row.kind == "integer" else "float")
+
+
+# head_bits are those of the output projection, which OpenVINO keeps in 8 bits.
+FORMATS = {name: Format.of(row) for name, row in low_bit.FORMATS.items()} | {
+    "openvino_int8": Format(8, 8, "int8"),
+    "openvino_int4": Format(4.25, 8, "int8"),
+    "q4_0": Format(4.5, 4.5, "int8"),
+    "q8_0": Format(8.5, 8.5, "int8"),
+}
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Measured: bytes/s read, and operations/s (a multiply-add is two) in fp32, bf16 and int8."""
+
+    read_bytes_per_s: float
+    fp32_ops_per_s: float
+    bf16_ops_per_s: float
+    int8_ops_per_s: float
+
+    def ops_per_s(self, compute: str) -> float:
+        """`float`: the faster of fp32 and bf16, since a core without bf16 arithmetic widens the weights instead."""
+        return self.int8_ops_per_s if compute == "int8" else max(self.fp32_ops_per_s, self.bf16_ops_per_s)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a dense decoder that decide what a token costs."""
+
+    body_weights: int
+    head_weights: int
+    num_layers: int
+    attention_width: int
+    kv_width: int
+
+    @classmethod
+    def read(cls, model: Path) -> ModelShape:
+        """Read a Llama-like `config.json` (attention and gated MLP without biases). Raises BenchmarkError."""
+        try:
+            config = json.loads((model / "config.json").read_text())
+            hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+            heads = config["num_attention_heads"]
+            head_dim = config.get("head_dim") or hidden // heads
+            kv_width = (config.get("num_key_value_heads") or heads) * head_dim
+            attention = 2 * hidden * heads * head_dim + 2 * hidden * kv_width
+            mlp = 3 * hidden * config["intermediate_size"]
+            head = hidden * config["vocab_size"]
+        except (OSError, ValueError, KeyError) as error:
+            raise BenchmarkError(f"{model}: no roofline for this model ({type(error).__name__}: {error})") from None
+        return cls(layers * (attention + mlp), head, layers, heads * head_dim, kv_width)
+
+
+def bound_tps(
+    peaks: Peaks, shape: ModelShape, format: Format, concurrency: int, prompt_tokens: int, output_tokens: int
+) -> float:
+    """Most output tokens/s that `concurrency` requests in step can have, prefill included.
+
+    Every step reads all weights once and each request's KV cache (16 bit), and computes two operations per weight and
+    token and four per cached token and unit of attention width; it cannot be shorter than the slower of the two. The
+    prefill yields the first token of each request; KV cache it writes and activations are left out, so the bound is
+    a little generous. (The roofline model is Williams, Waterman and Patterson's, CACM 2009.)
+    """
+    weight_bytes = (shape.body_weights * format.bits + shape.head_weights * format.head_bits) / 8
+    kv_bytes_per_token = 2 * shape.num_layers * shape.kv_width * 2
+    ops_per_s = peaks.ops_per_s(format.compute)
+    attention_ops = 4 * shape.num_layers * shape.attention_width
+
+    def step_s(tokens: int, cached_bytes: float, attended: float) -> float:
+        read_s = (weight_bytes + cached_bytes) / peaks.read_bytes_per_s
+        ops = concurrency * (2 * shape.body_weights * tokens + 2 * shape.head_weights + attention_ops * attended)
+        return max(read_s, ops / ops_per_s)
+
+    total_s = step_s(prompt_tokens, 0, prompt_tokens * (prompt_tokens + 1) / 2)
+    for context in range(prompt_tokens + 1, prompt_tokens + output_tokens):
+        total_s += step_s(1, concurrency * context * kv_bytes_per_token, context)
+    return concurrency * output_tokens / total_s
+
+
+def measure_peaks() -> Peaks:
+    """Measure on all cores this process may use; the best of REPEATS counts. Takes some ten seconds."""
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    matrix, vector = torch.ones(BUFFER_BYTES // 4).view(-1, 2**14), torch.ones(2**14)
+    read_s = min(_best_s(matrix.sum), _best_s(lambda: torch.mv(matrix, vector)))
+
+    def matmul_ops_per_s(dtype: torch.dtype) -> float:
+        left, right = (torch.randint(-8, 8, (MATMUL_SIZE, MATMUL_SIZE)).to(dtype) for _ in range(2))
+        if dtype == torch.int8:
+            seconds = _best_s(lambda: torch._int_mm(left, right.t()))
+        else:
+            seconds = _best_s(lambda: torch.nn.functional.linear(left, right))
+        return 2 * MATMUL_SIZE**3 / seconds
+
+    return Peaks(
+        BUFFER_BYTES / read_s, *(matmul_ops_per_s(dtype) for dtype in (torch.float32, torch.bfloat16, torch.int8))
+    )
+
+
+def _best_s(call: Callable[[], object]) -> float:
+    call()
+    times = []
+    for _ in range(REPEATS):
+        begun = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begun)
+    return min(times)
+
+
+def peaks_in_subprocess() -> Peaks:
+    """Measure in a process of its own, so that neither torch nor its threads stay with the load generator."""
+    command = [sys.executable, "-m", "benchmarks.roofline"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise BenchmarkError(f"the roofline could not be measured: {done.stderr.strip().splitlines()[-1]}")
+    return Peaks(**json.loads(done.stdout.strip().splitlines()[-1])["peaks"])
