@@ -28,7 +28,7 @@ def halves(data: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["sym_int4", "asym_int4"])
 def test_four_bits_without_search_equal_ipex_llm_bit_for_bit(name: str) -> None:
     fixture = load_file(GGML_BLOCKS)
-    mine = quantize(fixture["weight"], FORMATS[name], search=False)
+    mine = quantize(fixture["weight"], FORMATS[name], 64, search=False)
     blocks = fixture[name]
     scales, rest = blocks[..., :2], blocks[..., 2:]
     if name == "asym_int4":

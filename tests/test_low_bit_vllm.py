@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from ipex_vllm.low_bit.layout import from_tensors
 from ipex_vllm.low_bit.quantize import dequantize, quantize
 from ipex_vllm.low_bit.readers import ipex_llm
 from ipex_vllm.low_bit.save import save
+from ipex_vllm.low_bit.vllm.config import CONFIGS
 from tests.low_bit_logprobs import PROMPT
 from tests.processes import Server
 
@@ -256,6 +258,15 @@ def test_a_vllm_without_this_package_opens_what_was_saved(models: dict[str, Path
         expected = reference(models["llama"], quantized_to(name))
         assert (run.logprobs - expected).abs().mean() < allowed[name]
         assert "quantization=compressed-tensors" in run.log
+
+
+def test_every_format_has_a_config_that_another_process_can_unpickle() -> None:
+    configs = {config.get_name(): config() for config in CONFIGS}
+    assert set(configs) == {f"ipex_{row.name}" for row in FORMATS.values() if row.kind != "dtype"}
+    code = "import pickle, sys; print(*(config.get_name() for config in pickle.load(sys.stdin.buffer)))"
+    data = pickle.dumps([*configs.values()])
+    done = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, check=True)
+    assert done.stdout.decode().split() == [*configs]
 
 
 def test_upstreams_own_server_serves_a_format(tmp_path: Path) -> None:

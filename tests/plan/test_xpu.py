@@ -193,7 +193,8 @@ def test_the_int4_operator_is_called_as_vllm_calls_it_for_gptq(calls: Calls, mon
     packed = gptq_pack(weight.codes.t().to(torch.int32), 4, 256, 96)
     layer.qweight = torch.nn.Parameter(packed, requires_grad=False)
     layer.scales = torch.nn.Parameter(weight.scales.t().bfloat16().contiguous(), requires_grad=False)
-    config = MPLinearLayerConfig((256, 96), (256, 96), scalar_types.uint4b8, torch.bfloat16, 64, zero_points=False)
+    shape, size = (256, 96), linear.group_size
+    config = MPLinearLayerConfig(shape, shape, scalar_types.uint4b8, torch.bfloat16, size, zero_points=False)
     kernel = XPUwNa16LinearKernel(config, "qweight", "scales")
     to = torch.Tensor.to
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *args: self if args == ("xpu",) else to(self, *args))
