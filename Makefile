@@ -2,14 +2,13 @@
 PYTHON ?= python3
 MODEL ?= demo
 DEVICE ?= cpu
-PORTS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*+cpu\).*/\1/p' requirements.lock)
 UV := $(shell sed -n 's/^\(uv==[^ ;]*\).*/\1/p' requirements.lock)
 
-.PHONY: help serve test lint format lock clean
+.PHONY: help serve test lint format lock
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -17,7 +16,7 @@ help:  ## show this list
 serve: $(VENV)/.ready env-webui  ## start controller, worker, API server and web UI; MODEL=path DEVICE=cpu|xpu ARGS="..."
 	@exec $(BIN)/python -m ipex_vllm.up --model-path $(MODEL) --device $(DEVICE) $(ARGS)
 
-test: $(VENV)/.ready lint env-webui chromium  ## lint, type-check and run all tests but ipex-llm's own
+test: $(VENV)/.ready lint env-webui chromium deploy-tools  ## lint, type-check and run all tests but ipex-llm's own
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.ready
@@ -48,4 +47,72 @@ lock:  ## resolve pyproject.toml again into requirements.lock
 		--torch-backend cpu --no-annotate --no-header --quiet --output-file requirements.lock
 	sed -i "/sys_platform == 'never'/d" requirements.lock
 
-include Makefile.envs Makefile.bench Makefile.webui
+# The environments beside the main one: envs/NAME says what each is made of, and here is where it lies. What takes long
+# to build is kept outside the checkout, which then has a link to it.
+ENVS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ipex-vllm
+IPEX_LLM_ENV ?= $(ENVS)/venv-ipex-llm
+IPEX_ENV ?= $(ENVS)/venv-ipex
+IPEX_VLLM_WEBUI_ENV ?= .venv-webui
+ENV_PYTHON ?= python3.11
+
+environments := ipex-llm ipex openvino webui
+place_ipex-llm := $(IPEX_LLM_ENV)
+place_ipex := $(IPEX_ENV)
+place_openvino := .venv-openvino
+place_webui := $(IPEX_VLLM_WEBUI_ENV)
+
+# What PyTorch's CUDA build asks for and a CPU never calls.
+cuda_only := $(addprefix --no-emit-package ,triton $(addsuffix -cu12,$(addprefix nvidia-,cublas cuda-cupti cuda-nvrtc \
+	cudnn cufft cufile curand cusolver cusparse cusparselt nccl nvjitlink nvtx)))
+lock_ipex-llm := $(cuda_only)
+lock_ipex := $(cuda_only)
+lock_openvino := --torch-backend cpu --no-emit-package torch --override envs/openvino/overrides
+
+.PHONY: $(environments:%=env-%) $(environments:%=lock-%) test-ipex-llm test-ipex
+
+env-ipex-llm:  ## build the environment of --engine ipex-llm (about 5 minutes, 2.7 GB, once)
+env-ipex:  ## build the environment of the HF worker's --ipex (about 4 minutes, 2.7 GB, once)
+env-openvino:  ## build the environment of the OpenVINO GenAI peer
+env-webui:  ## build the environment of FastChat's web UI
+
+$(environments:%=env-%): env-%:
+	envs/build.sh $* $(place_$*) $(if $(filter webui,$*),$(PYTHON),$(ENV_PYTHON))
+	$(if $(filter-out .venv-$*,$(place_$*)),test -d .venv-$* -a ! -L .venv-$* || ln -sfnT $(abspath $(place_$*)) .venv-$*)
+
+$(environments:%=lock-%): lock-%: $(VENV)/.ready  # like `lock`, for that environment
+	$(BIN)/uv pip compile --no-config --quiet --no-header --no-annotate --python-version 3.11 $(lock_$*) \
+		envs/$*/requirements.in --output-file envs/$*/requirements.lock
+
+test-ipex-llm:  ## run the protocol's tests against the ipex-llm engine
+test-ipex:  ## run the tests of the HF worker's --ipex, and the protocol's, in its environment
+
+test-ipex-llm test-ipex: test-%: env-%
+	PYTHONPATH=$(CURDIR) .venv-$*/bin/python -m pytest tests/$(subst -,_,$*) tests/serving/test_protocol.py \
+		tests/serving/test_fastchat.py
+
+# What tests call and is not on PyPI, for Debian and Ubuntu.
+.PHONY: chromium deploy-tools
+apt_get := apt-get update -qq && apt-get install -y -qq --no-install-recommends
+
+chromium:  ## install what the web UI's tests drive (Debian and Ubuntu)
+	command -v chromium >/dev/null || { $(apt_get) chromium fonts-dejavu-core fonts-noto-color-emoji; }
+
+deploy-tools:  ## install nginx and systemd-analyze, which the tests of docs/deploy call (Debian and Ubuntu)
+	{ test -x /usr/sbin/nginx && command -v systemd-analyze >/dev/null; } || { $(apt_get) nginx-light systemd; }
+
+# Measuring. BENCH_OUT is where results go.
+BENCH_OUT ?= .cache/bench
+.PHONY: bench bench-smoke
+
+spec_bench := main
+spec_bench-smoke := smoke
+
+bench: .cache/models/llama-1.1b/model.safetensors  ## measure the project's main table
+bench-smoke: .cache/models/llama-160m/model.safetensors  ## compare two systems on a small model
+
+bench bench-smoke: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.compare benchmarks/configs/$(spec_$@).yaml --out $(BENCH_OUT)/$(spec_$@)
+	$(BIN)/python -m benchmarks.report $(BENCH_OUT)/$(spec_$@)
+
+.cache/models/%/model.safetensors: | $(VENV)/.ready
+	$(BIN)/python -m benchmarks.make_model --shape $* --out $(@D)
