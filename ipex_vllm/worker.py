@@ -23,14 +23,15 @@ import uvicorn
 
 from ipex_vllm.demo import resolve_model_path
 from ipex_vllm.engines.engine import Engine
+from ipex_vllm.engines.generation import Generation
 from ipex_vllm.errors import EngineError, OptionError
 from ipex_vllm.lifetime import die_with_parent
 from ipex_vllm.options import Parser, WorkerOptions, add_options, from_namespace, layered_arguments
 from ipex_vllm.plan import cpu, xpu
 from ipex_vllm.serving.controller import ControllerClient
 from ipex_vllm.serving.conversation import check_template_name, choose_chat_format
-from ipex_vllm.serving.fastchat import Slots, WorkerServer
-from ipex_vllm.serving.protocol import GenerateRequest
+from ipex_vllm.serving.core import Core, Slots
+from ipex_vllm.serving.fastchat import FastChatServer
 
 logger = logging.getLogger("ipex_vllm.worker")  # __name__ is "__main__" where it matters
 
@@ -155,7 +156,8 @@ async def serve(
         chat_format = choose_chat_format(engine.tokenizer, options.model_path, options.conv_template)
         logger.info("conversation: %s", chat_format.source)
         slots = Slots(options.limit_worker_concurrency, options.limit_worker_queue)
-        server = WorkerServer(engine, options.names, chat_format, slots, options.api_token, options.log_prompts)
+        core = Core(engine, options.names, slots, options.log_prompts)
+        server = FastChatServer(core, chat_format, options.api_token)
         await warm_up(engine)
         http = HttpServer(uvicorn.Config(server.app, log_config=None, access_log=False, lifespan="off"))
         http_task = asyncio.create_task(http.serve(sockets=[sock]))
@@ -165,7 +167,7 @@ async def serve(
         controller = ControllerClient(options.controller_address, options.address, server.status)
         registration = None
         if not options.no_register:
-            server.is_registered = lambda: controller.is_registered
+            core.is_registered = lambda: controller.is_registered
             registration = asyncio.create_task(controller.run())
         reason = await first_reason_to_stop(engine)
 
@@ -174,10 +176,10 @@ async def serve(
             registration.cancel()
             await controller.leave()
         if reason is None:
-            await drain(slots, options.drain_timeout)
+            await core.drain(options.drain_timeout)
         else:
             logger.error("%s", reason)
-            await drain(slots, STREAMS_END_TIMEOUT_S)
+            await core.drain(STREAMS_END_TIMEOUT_S)
         http.should_exit = http.force_exit = True
         await http_task
     finally:
@@ -188,8 +190,8 @@ async def serve(
 
 async def warm_up(engine: Engine) -> None:
     """Generate once: an engine compiles some of its code at the first request, and no client should wait for that."""
-    request = GenerateRequest(prompt="Hello", max_new_tokens=4, temperature=1.0, seed=0, ignore_eos=True)
-    async with contextlib.aclosing(engine.stream(request, "warm-up")) as deltas:
+    generation = Generation("Hello", max_new_tokens=4, seed=0, ignore_eos=True)
+    async with contextlib.aclosing(engine.stream(generation, "warm-up")) as deltas:
         async for _ in deltas:
             pass
 
@@ -209,17 +211,6 @@ async def first_reason_to_stop(engine: Engine) -> str | None:
     for task in tasks:
         task.cancel()
     return reason
-
-
-async def drain(slots: Slots, timeout_s: float) -> None:
-    """Wait until no request runs or waits, at most `timeout_s` seconds."""
-    logger.info("draining: %d requests", slots.queue_length)
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(timeout_s):
-            while slots.queue_length:
-                await asyncio.sleep(0.05)
-    if slots.queue_length:
-        logger.warning("%d requests were cut off after %g s", slots.queue_length, timeout_s)
 
 
 class HttpServer(uvicorn.Server):

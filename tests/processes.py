@@ -16,7 +16,7 @@ from typing import Self
 import httpx
 import psutil
 
-from ipex_vllm.serving.fastchat import WorkerServer
+from ipex_vllm.serving.fastchat import FastChatServer
 from tests.support import free_port, serving
 
 ROOT = Path(__file__).parents[1]
@@ -123,7 +123,7 @@ def fastchat_api(folder: Path, controller_url: str) -> Server:
     return Server(folder, "/v1/models", "ipex_vllm.fastchat_api", "--controller-address", controller_url)
 
 
-def register(controller_url: str, worker_url: str, server: WorkerServer) -> None:
+def register(controller_url: str, worker_url: str, server: FastChatServer) -> None:
     """Make the controller know a worker that sends no heartbeats."""
     body = {"worker_name": worker_url, "check_heart_beat": False, "worker_status": server.status(), "multimodal": False}
     httpx.post(f"{controller_url}/register_worker", json=body, trust_env=False).raise_for_status()
@@ -149,7 +149,7 @@ class Stack:
 
 
 @contextlib.contextmanager
-def fastchat_stack(folder: Path, server: WorkerServer) -> Iterator[Stack]:
+def fastchat_stack(folder: Path, server: FastChatServer) -> Iterator[Stack]:
     with (
         serving(server) as worker_url,
         fastchat_controller(folder / "controller") as controller,

@@ -18,10 +18,11 @@ import uvicorn
 
 from ipex_vllm.demo import MODEL_DIR
 from ipex_vllm.engines.engine import Engine
+from ipex_vllm.engines.generation import Delta, Generation, TokenLogprob
 from ipex_vllm.engines.tokenization import PromptEncoder
 from ipex_vllm.serving.conversation import ChatFormat
-from ipex_vllm.serving.fastchat import Slots, WorkerServer
-from ipex_vllm.serving.protocol import Delta, GenerateRequest, TokenLogprob
+from ipex_vllm.serving.core import Core, Slots
+from ipex_vllm.serving.fastchat import FastChatServer
 
 
 def free_port() -> int:
@@ -55,7 +56,7 @@ class FakeEngine(Engine):
     ) -> None:
         self.texts = texts
         self.interval_s = interval_s
-        self.seen: list[GenerateRequest] = []
+        self.seen: list[Generation] = []
         self.num_running = 0
         self._context_length = context_length
         self.encoder = PromptEncoder(self.tokenizer, context_length)
@@ -75,10 +76,10 @@ class FakeEngine(Engine):
     def tokenizer(self) -> Any:
         return CharacterTokenizer()
 
-    async def stream(self, request: GenerateRequest, request_id: str) -> AsyncGenerator[Delta, None]:
-        self.seen.append(request)
-        prompt_tokens = len(await self.encoder.encode_for_generation(request.prompt))
-        texts = self.texts[: request.max_new_tokens]
+    async def stream(self, generation: Generation, request_id: str) -> AsyncGenerator[Delta, None]:
+        self.seen.append(generation)
+        prompt_tokens = len(await self.encoder.encode_for_generation(generation.prompt))
+        texts = self.texts[: generation.max_new_tokens]
         self.num_running += 1
         try:
             for position, text in enumerate(texts):
@@ -86,13 +87,13 @@ class FakeEngine(Engine):
                 if isinstance(text, Exception):
                     raise text
                 is_last = position == len(texts) - 1
-                for index in range(request.n):
+                for index in range(generation.n):
                     yield Delta(
                         text=text,
                         num_tokens=1,
                         prompt_tokens=prompt_tokens,
                         finish_reason=("length" if len(texts) < len(self.texts) else "stop") if is_last else None,
-                        logprobs=(TokenLogprob(text, -1.0, {text: -1.0}),) if request.logprobs is not None else (),
+                        logprobs=(TokenLogprob(text, -1.0, {text: -1.0}),) if generation.logprobs is not None else (),
                         index=index,
                     )
         finally:
@@ -108,12 +109,13 @@ class FakeEngine(Engine):
     async def stop(self) -> None: ...
 
 
-def make_server(engine: Engine, limit: int = 4, queue_limit: int = 4, **options: Any) -> WorkerServer:
-    return WorkerServer(engine, ("fake-model",), ChatFormat({"name": "test"}), Slots(limit, queue_limit), **options)
+def make_server(engine: Engine, limit: int = 4, queue_limit: int = 4, **options: Any) -> FastChatServer:
+    core = Core(engine, ("fake-model",), Slots(limit, queue_limit), options.pop("log_prompts", False))
+    return FastChatServer(core, ChatFormat({"name": "test"}), **options)
 
 
 @contextlib.contextmanager
-def serving(server: WorkerServer) -> Iterator[str]:
+def serving(server: FastChatServer) -> Iterator[str]:
     """Run the server's application under uvicorn on a thread; yield its URL."""
     port = free_port()
     http = uvicorn.Server(

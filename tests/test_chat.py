@@ -6,13 +6,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pexpect
 import pytest
 from fastchat.conversation import SeparatorStyle
 
 from ipex_vllm.serving.conversation import ChatFormat
-from ipex_vllm.serving.fastchat import Slots, WorkerServer
+from ipex_vllm.serving.core import Core, Slots
+from ipex_vllm.serving.fastchat import FastChatServer
 from tests.processes import Stack, fastchat_stack
 from tests.support import FakeEngine, free_port, serving
 
@@ -39,9 +41,19 @@ def engine() -> FakeEngine:
     return FakeEngine(context_length=10_000)
 
 
+class ModelsAskedFor(Core):
+    """Keeps the names that clients send, which no engine sees."""
+
+    asked: ClassVar[list[str | None]] = []
+
+    def check_model(self, model: str | None) -> None:
+        self.asked.append(model)
+        super().check_model(model)
+
+
 @pytest.fixture(scope="module")
 def stack(engine: FakeEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    server = WorkerServer(engine, NAMES, ChatFormat(CHATML, "<system></system>", ""), Slots(8, 8))
+    server = FastChatServer(ModelsAskedFor(engine, NAMES, Slots(8, 8)), ChatFormat(CHATML, "<system></system>", ""))
     with fastchat_stack(tmp_path_factory.mktemp("service"), server) as stack:
         yield stack
 
@@ -56,6 +68,7 @@ def url(stack: Stack, request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def open_chat(engine: FakeEngine, tmp_path: Path) -> Iterator[Open]:
     engine.seen.clear()
+    ModelsAskedFor.asked.clear()
     engine.texts, engine.interval_s = ("Hello", " world"), 0.0
     opened = []
 
@@ -151,7 +164,8 @@ def test_commands(open_chat: Open, stack: Stack, engine: FakeEngine) -> None:
         "<system>Be brief.</system><user>Two?</user><reply>",
         "<system>Be long.</system><user>Three?</user><reply>",
     ]
-    assert {(r.temperature, r.max_new_tokens, r.model) for r in engine.seen} == {(0.2, 1, "first-model")}
+    assert {(r.temperature, r.max_new_tokens) for r in engine.seen} == {(0.2, 1)}
+    assert ModelsAskedFor.asked == ["first-model"] * 3
 
 
 def test_error_is_one_line_and_the_question_is_forgotten(open_chat: Open, url: str, engine: FakeEngine) -> None:
@@ -178,7 +192,7 @@ def test_nobody_there(open_chat: Open) -> None:
 
 
 def test_token(open_chat: Open, engine: FakeEngine) -> None:
-    server = WorkerServer(engine, NAMES, ChatFormat(CHATML), Slots(8, 8), api_token="secret")
+    server = FastChatServer(Core(engine, NAMES, Slots(8, 8)), ChatFormat(CHATML), api_token="secret")
     with serving(server) as url:
         chat = open_chat("--url", url)
         chat.expect_exact("asks for a token: give it with --api-token")

@@ -18,7 +18,8 @@ import yaml
 
 from ipex_vllm.options import WorkerOptions, from_namespace, layered_arguments
 from ipex_vllm.serving.conversation import ChatFormat
-from ipex_vllm.serving.fastchat import Slots, WorkerServer
+from ipex_vllm.serving.core import Core, Slots
+from ipex_vllm.serving.fastchat import FastChatServer
 from ipex_vllm.worker import make_parser
 from tests.processes import Program, fastchat_stack
 from tests.support import FakeEngine, free_port
@@ -121,7 +122,7 @@ def engine() -> FakeEngine:
 def nginx(engine: FakeEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The recipe's server block in a real nginx, in front of FastChat's API server and a worker; yields its URL."""
     directory = tmp_path_factory.mktemp("service")
-    with fastchat_stack(directory, WorkerServer(engine, ("fake",), ChatFormat(CHATML), Slots(8, 8))) as stack:
+    with fastchat_stack(directory, FastChatServer(Core(engine, ("fake",), Slots(8, 8)), ChatFormat(CHATML))) as stack:
         url = f"127.0.0.1:{free_port()}"
         text = (DEPLOY / "nginx.conf").read_text()
         for old, new in (("listen 80;", f"listen {url};"), ("127.0.0.1:8000", stack.openai_server.partition("//")[2])):

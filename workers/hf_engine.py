@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ipex_vllm.engines.engine import Engine
+from ipex_vllm.engines.generation import Delta, Generation, InternalError, InvalidParameter
 from ipex_vllm.engines.older_transformers import readable_model
 from ipex_vllm.engines.tokenization import PromptEncoder
 from ipex_vllm.errors import EngineError, root_cause
@@ -32,8 +33,7 @@ from ipex_vllm.low_bit.formats import Format
 from ipex_vllm.low_bit.hf import quantize_model
 from ipex_vllm.options import WorkerOptions
 from ipex_vllm.plan.cpu import Plan
-from ipex_vllm.serving.protocol import Delta, GenerateRequest, InternalError, InvalidParameter
-from workers.hf_generation import Generation
+from workers.hf_generation import GenerationRun
 from workers.hf_ipex import load_with_ipex
 
 logger = logging.getLogger(__name__)
@@ -104,24 +104,24 @@ class HfEngine(Engine):
     async def count_tokens(self, prompt: str) -> int:
         return len(await self._encoder.encode(prompt))
 
-    async def stream(self, request: GenerateRequest, request_id: str) -> AsyncGenerator[Delta, None]:
+    async def stream(self, generation: Generation, request_id: str) -> AsyncGenerator[Delta, None]:
         loop = asyncio.get_running_loop()
         steps: asyncio.Queue[list[Delta] | None] = asyncio.Queue()
-        prompt = await self._encode(request.prompt)
+        prompt = await self._encode(generation.prompt)
         with self._abortable() as aborted:
-            generation = Generation(
+            run = GenerationRun(
                 self._model,
                 self._decode,
                 functools.partial(self._decode, skip_special_tokens=False),
-                request,
+                generation,
                 prompt,
-                max_new_tokens=min(request.max_new_tokens, self._context_length - len(prompt)),
-                stop_token_ids=self._stop_token_ids(request),
+                max_new_tokens=min(generation.max_new_tokens, self._context_length - len(prompt)),
+                stop_token_ids=self._stop_token_ids(generation),
                 on_step=lambda deltas: loop.call_soon_threadsafe(steps.put_nowait, deltas),
                 aborted=aborted,
                 has_own_cache=self._has_ipex,
             )
-            generated = loop.run_in_executor(self._thread, generation.run)
+            generated = loop.run_in_executor(self._thread, run.run)
             generated.add_done_callback(lambda _: steps.put_nowait(None))
             while (deltas := await steps.get()) is not None:
                 for delta in deltas:
@@ -156,8 +156,8 @@ class HfEngine(Engine):
         )
         return text
 
-    def _stop_token_ids(self, request: GenerateRequest) -> frozenset[int]:
-        return frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else self._eos_token_ids)
+    def _stop_token_ids(self, generation: Generation) -> frozenset[int]:
+        return frozenset(generation.stop_token_ids) | (frozenset() if generation.ignore_eos else self._eos_token_ids)
 
     @contextlib.contextmanager
     def _abortable(self) -> Iterator[threading.Event]:

@@ -21,20 +21,20 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ipex_vllm.serving.protocol import Delta, FinishReason, GenerateRequest, TokenLogprob
+from ipex_vllm.engines.generation import Delta, FinishReason, Generation, TokenLogprob
 from workers.hf_text import Decode, Detokenizer, StopStrings, token_text
 
 PREFILL_CHUNK_TOKENS = 512  # between two chunks a request can be aborted; larger ones are no faster
 
 
-class Generation(StoppingCriteria):  # type: ignore[misc]
+class GenerationRun(StoppingCriteria):  # type: ignore[misc]
     """A request on its way: `generate` asks it after each step which of the request's choices are finished.
 
     Args:
         model: a causal language model of Transformers.
         decode: token ids to text, special tokens left out.
         decode_all: the same with special tokens, which log probabilities are about as well.
-        request: the sampling parameters.
+        generation: the sampling parameters.
         prompt: the prompt's token ids, at least one.
         max_new_tokens: the most that a choice may have, from the request and the context.
         stop_token_ids: tokens that end a choice and are no part of its text.
@@ -48,7 +48,7 @@ class Generation(StoppingCriteria):  # type: ignore[misc]
         model: Any,
         decode: Decode,
         decode_all: Decode,
-        request: GenerateRequest,
+        generation: Generation,
         prompt: list[int],
         max_new_tokens: int,
         stop_token_ids: frozenset[int],
@@ -58,38 +58,39 @@ class Generation(StoppingCriteria):  # type: ignore[misc]
     ) -> None:
         self._model = model
         self._decode_all = decode_all
-        self._request = request
+        self._generation = generation
         self._prompt = prompt
         self._max_new_tokens = max_new_tokens
         self._on_step = on_step
         self._raw_logits = RawLogits()
         self._choices = [
-            Choice(index, decode, prompt, request.stop, stop_token_ids, max_new_tokens) for index in range(request.n)
+            ChoiceState(index, decode, prompt, generation.stop, stop_token_ids, max_new_tokens)
+            for index in range(generation.n)
         ]
         self._aborted = aborted
         self._has_own_cache = has_own_cache
 
     @torch.inference_mode()
     def run(self) -> None:
-        request = self._request
+        generation = self._generation
         prompt = torch.tensor([self._prompt], device=self._model.device)
-        if request.seed is None:
+        if generation.seed is None:
             torch.seed()
         else:
-            torch.manual_seed(request.seed % 2**64)
+            torch.manual_seed(generation.seed % 2**64)
         cache = self._prefill(prompt)
         if self._aborted.is_set():
             return
         self._model.generate(
-            prompt.expand(request.n, -1),
-            attention_mask=torch.ones_like(prompt).expand(request.n, -1),
+            prompt.expand(generation.n, -1),
+            attention_mask=torch.ones_like(prompt).expand(generation.n, -1),
             past_key_values=cache,
             generation_config=GenerationConfig(
                 max_new_tokens=self._max_new_tokens,
                 # All else about sampling is in the processors; Transformers' own default for top_k is 50.
-                **({"do_sample": True, "top_k": 0} if request.temperature > 0 else {"do_sample": False}),
+                **({"do_sample": True, "top_k": 0} if generation.temperature > 0 else {"do_sample": False}),
             ),
-            logits_processor=LogitsProcessorList([self._raw_logits, *logits_processors(request, len(self._prompt))]),
+            logits_processor=LogitsProcessorList([self._raw_logits, *logits_processors(generation, len(self._prompt))]),
             stopping_criteria=StoppingCriteriaList([self]),
         )
 
@@ -98,7 +99,7 @@ class Generation(StoppingCriteria):  # type: ignore[misc]
         if self._aborted.is_set():
             return torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         logprobs = None
-        if self._request.logprobs is not None:
+        if self._generation.logprobs is not None:
             logprobs = self._raw_logits.scores.log_softmax(dim=-1)
         deltas = []
         for choice, token_id in zip(self._choices, input_ids[:, -1].tolist(), strict=True):
@@ -119,8 +120,8 @@ class Generation(StoppingCriteria):  # type: ignore[misc]
 
         For a model with a cache of its own there is nothing else to do here, and None to return.
         """
-        wants_logprobs = self._request.echo and self._request.logprobs is not None
-        num_left = 1 if wants_logprobs or self._request.n > 1 else PREFILL_CHUNK_TOKENS
+        wants_logprobs = self._generation.prompt_logprobs
+        num_left = 1 if wants_logprobs or self._generation.n > 1 else PREFILL_CHUNK_TOKENS
         chunk_tokens = PREFILL_CHUNK_TOKENS
         cache = None if self._has_own_cache else DynamicCache(config=self._model.config)
         if cache is None:
@@ -141,8 +142,8 @@ class Generation(StoppingCriteria):  # type: ignore[misc]
                 self._model.base_model(chunk, past_key_values=cache, use_cache=True)
         for choice in self._choices:
             choice.prompt_logprobs = tuple(entries)
-        if cache is not None and self._request.n > 1:
-            cache.batch_repeat_interleave(self._request.n)
+        if cache is not None and self._generation.n > 1:
+            cache.batch_repeat_interleave(self._generation.n)
         return cache
 
     def _prompt_entries(self, logits: torch.Tensor, start: int) -> Iterator[TokenLogprob]:
@@ -152,14 +153,14 @@ class Generation(StoppingCriteria):  # type: ignore[misc]
 
     def _entry(self, logprobs: torch.Tensor, before: list[int], token_id: int) -> TokenLogprob:
         """A token's entry, from the log probabilities [vocabulary] of all tokens in its place."""
-        values, token_ids = logprobs.topk(self._request.logprobs or 0)
+        values, token_ids = logprobs.topk(self._generation.logprobs or 0)
         candidates = dict(zip(token_ids.tolist(), values.tolist(), strict=True))
         candidates.setdefault(token_id, logprobs[token_id].item())
         top = {token_text(self._decode_all, before, candidate): value for candidate, value in candidates.items()}
         return TokenLogprob(token_text(self._decode_all, before, token_id), candidates[token_id], top)
 
 
-class Choice:
+class ChoiceState:
     """The state of one of a request's choices."""
 
     def __init__(
@@ -204,22 +205,22 @@ class Choice:
         )
 
 
-def logits_processors(request: GenerateRequest, prompt_tokens: int) -> Iterator[LogitsProcessor]:
+def logits_processors(generation: Generation, prompt_tokens: int) -> Iterator[LogitsProcessor]:
     """What a request's parameters do to the logits, in vLLM's order; greedy decoding only sees the penalties."""
-    if request.repetition_penalty != 1:
-        yield RepetitionPenaltyLogitsProcessor(request.repetition_penalty)
-    if request.frequency_penalty or request.presence_penalty:
-        yield OccurrencePenalty(request.frequency_penalty, request.presence_penalty, prompt_tokens)
-    if request.temperature == 0:
+    if generation.repetition_penalty != 1:
+        yield RepetitionPenaltyLogitsProcessor(generation.repetition_penalty)
+    if generation.frequency_penalty or generation.presence_penalty:
+        yield OccurrencePenalty(generation.frequency_penalty, generation.presence_penalty, prompt_tokens)
+    if generation.temperature == 0:
         return
-    if request.temperature != 1:
-        yield TemperatureLogitsWarper(request.temperature)
-    if request.min_p:
-        yield MinPLogitsWarper(request.min_p)
-    if request.top_k > 0:
-        yield TopKLogitsWarper(request.top_k)
-    if request.top_p < 1:
-        yield TopPLogitsWarper(request.top_p)
+    if generation.temperature != 1:
+        yield TemperatureLogitsWarper(generation.temperature)
+    if generation.min_p:
+        yield MinPLogitsWarper(generation.min_p)
+    if generation.top_k > 0:
+        yield TopKLogitsWarper(generation.top_k)
+    if generation.top_p < 1:
+        yield TopPLogitsWarper(generation.top_p)
 
 
 class OccurrencePenalty(LogitsProcessor):  # type: ignore[misc]

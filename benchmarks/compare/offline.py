@@ -37,7 +37,7 @@ from ipex_vllm.engines.engine import Engine
 from ipex_vllm.errors import EngineError
 from ipex_vllm.options import Parser, from_namespace, option
 from ipex_vllm.plan import cpu
-from ipex_vllm.serving.protocol import GenerateRequest, WorkerError
+from ipex_vllm.engines.generation import Generation, RequestError
 
 METRICS = ("output_tps", "ttft_s.p50", "tpot_s.p50")
 
@@ -59,24 +59,23 @@ class EngineClient:
         self._engine = engine
 
     async def send(self, timeline: Timeline, clock: Callable[[], float]) -> None:
-        request = GenerateRequest(
+        generation = Generation(
             prompt=timeline.prompt,
             temperature=0.0,
             max_new_tokens=timeline.max_tokens,
             ignore_eos=timeline.must_reach_max,
-            echo=False,
         )
         timeline.started = clock()
         text, tokens = "", 0
         try:
-            stream = self._engine.stream(request, f"offline-{timeline.session}-{timeline.turn}-{timeline.started}")
+            stream = self._engine.stream(generation, f"offline-{timeline.session}-{timeline.turn}-{timeline.started}")
             async with contextlib.aclosing(stream) as deltas:
                 async for delta in deltas:
                     text += delta.text
                     tokens += delta.num_tokens
                     event = Event(text, delta.num_tokens > 0, delta.finish_reason, delta.prompt_tokens, tokens)
                     record(timeline, event, clock())
-        except WorkerError as error:
+        except RequestError as error:
             timeline.error = str(error)
         finally:
             timeline.ended = clock()

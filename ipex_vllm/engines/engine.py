@@ -7,7 +7,7 @@ import argparse
 from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ipex_vllm.serving.protocol import Delta, GenerateRequest, InvalidParameter
+from ipex_vllm.engines.generation import Delta, Generation, InvalidParameter
 
 if TYPE_CHECKING:
     from ipex_vllm.options import WorkerOptions
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Engine(abc.ABC):
-    """A loaded model. Only engine modules see a model library; only `WorkerError`s leave them once started."""
+    """A loaded model. Only engine modules see a model library; only `RequestError`s leave them once started."""
 
     name: ClassVar[str]
 
@@ -40,15 +40,15 @@ class Engine(abc.ABC):
         """The Hugging Face tokenizer of the model."""
 
     @abc.abstractmethod
-    def stream(self, request: GenerateRequest, request_id: str) -> AsyncGenerator[Delta, None]:
-        """Generate; closing the generator aborts the request and frees what it holds. Raises WorkerError."""
+    def stream(self, generation: Generation, request_id: str) -> AsyncGenerator[Delta, None]:
+        """Generate; closing the generator aborts the request and frees what it holds. Raises RequestError."""
 
     @abc.abstractmethod
     async def count_tokens(self, prompt: str) -> int:
         """How many tokens `prompt` has, as `stream` would count them."""
 
     async def embed(self, inputs: Sequence[str]) -> tuple[list[list[float]], int]:
-        """Return one vector per input, each of norm 1, and the number of tokens in all. Raises WorkerError."""
+        """Return one vector per input, each of norm 1, and the number of tokens in all. Raises RequestError."""
         raise InvalidParameter(
             f"The {self.name} engine does not give embeddings. Serve them with `python -m workers.hf_worker`."
         )

@@ -22,12 +22,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ipex_vllm.engines.generation import Delta, Generation
 from ipex_vllm.engines.older_transformers import readable_model
 from ipex_vllm.engines.vllm import HEALTH_INTERVAL_S, VllmEngine
 from ipex_vllm.errors import EngineError, root_cause
 from ipex_vllm.options import DTYPES, WorkerOptions
 from ipex_vllm.plan.cpu import Plan
-from ipex_vllm.serving.protocol import Delta, GenerateRequest
 
 logger = logging.getLogger(__name__)
 
@@ -87,11 +87,11 @@ class IpexLlmEngine(VllmEngine):
     def tokenizer(self) -> Any:
         return self._llm.engine.get_tokenizer()
 
-    async def stream(self, request: GenerateRequest, request_id: str) -> AsyncGenerator[Delta, None]:
+    async def stream(self, generation: Generation, request_id: str) -> AsyncGenerator[Delta, None]:
         # One choice after the other: with several, vLLM 0.6.6 streams until the first one ends and drops the others'.
-        for index in range(request.n):
-            seed = None if request.seed is None else request.seed + index
-            choice = super().stream(replace(request, n=1, seed=seed), f"{request_id}-{index}")
+        for index in range(generation.n):
+            seed = None if generation.seed is None else generation.seed + index
+            choice = super().stream(replace(generation, n=1, seed=seed), f"{request_id}-{index}")
             async with contextlib.aclosing(choice) as deltas:
                 async for delta in deltas:
                     yield replace(delta, index=index)

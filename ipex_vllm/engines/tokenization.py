@@ -6,7 +6,7 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ipex_vllm.serving.protocol import ContextOverflow
+from ipex_vllm.engines.generation import ContextOverflow
 
 
 class PromptEncoder:

@@ -14,21 +14,21 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from ipex_vllm.engines.engine import Engine
+from ipex_vllm.engines.generation import (
+    Delta,
+    FinishReason,
+    Generation,
+    InternalError,
+    InvalidParameter,
+    RequestError,
+    TokenLogprob,
+)
 from ipex_vllm.engines.tokenization import PromptEncoder
 from ipex_vllm.errors import EngineError, OptionError, root_cause
 from ipex_vllm.low_bit import vllm_arguments
 from ipex_vllm.options import WorkerOptions
 from ipex_vllm.plan import xpu
 from ipex_vllm.plan.cpu import Plan
-from ipex_vllm.serving.protocol import (
-    Delta,
-    FinishReason,
-    GenerateRequest,
-    InternalError,
-    InvalidParameter,
-    TokenLogprob,
-    WorkerError,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -92,15 +92,15 @@ class VllmEngine(Engine):
     async def count_tokens(self, prompt: str) -> int:
         return len(await self._encoder.encode(prompt))
 
-    async def stream(self, request: GenerateRequest, request_id: str) -> AsyncGenerator[Delta, None]:
-        token_ids = await self._encoder.encode_for_generation(request.prompt)
+    async def stream(self, generation: Generation, request_id: str) -> AsyncGenerator[Delta, None]:
+        token_ids = await self._encoder.encode_for_generation(generation.prompt)
         started: set[int] = set()
         try:
-            params = self._sampling_params(request, len(token_ids))
+            params = self._sampling_params(generation, len(token_ids))
             async with contextlib.aclosing(self._generate(token_ids, params, request_id)) as outputs:
                 async for output in outputs:
                     for completion in output.outputs:
-                        shows_prompt = request.echo and completion.index not in started
+                        with_prompt = generation.prompt_logprobs and completion.index not in started
                         started.add(completion.index)
                         yield Delta(
                             text=completion.text,
@@ -108,15 +108,15 @@ class VllmEngine(Engine):
                             prompt_tokens=len(token_ids),
                             finish_reason=self._finish_reason(completion.finish_reason),
                             logprobs=(
-                                *self._logprobs(token_ids, output.prompt_logprobs if shows_prompt else None),
+                                *self._logprobs(token_ids, output.prompt_logprobs if with_prompt else None),
                                 *self._logprobs(completion.token_ids, completion.logprobs),
                             ),
                             index=completion.index,
                         )
-        except WorkerError:
+        except RequestError:
             raise
         except Exception as error:
-            raise self._as_worker_error(error) from error
+            raise self._as_request_error(error) from error
 
     async def wait_dead(self) -> str:
         while not self._llm.errored:
@@ -130,32 +130,32 @@ class VllmEngine(Engine):
         await asyncio.to_thread(self._llm.shutdown)
 
     def _generate(self, token_ids: list[int], params: Any, request_id: str) -> AsyncGenerator[Any, None]:
-        """vLLM's own outputs; closing the generator aborts the request."""
+        """vLLM's own outputs; closing the generator aborts the generation."""
         from vllm.inputs.engine import tokens_input
 
         outputs: AsyncGenerator[Any, None] = self._llm.generate(tokens_input(token_ids), params, request_id)
         return outputs
 
-    def _sampling_params(self, request: GenerateRequest, prompt_tokens: int) -> Any:
+    def _sampling_params(self, generation: Generation, prompt_tokens: int) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         return SamplingParams(
-            n=request.n,
-            temperature=request.temperature,
-            top_p=request.top_p,
-            top_k=request.top_k,
-            min_p=request.min_p,
-            presence_penalty=request.presence_penalty,
-            frequency_penalty=request.frequency_penalty,
-            repetition_penalty=request.repetition_penalty,
-            seed=request.seed,
-            stop=list(request.stop),
-            stop_token_ids=list(request.stop_token_ids),
-            ignore_eos=request.ignore_eos,
-            max_tokens=min(request.max_new_tokens, self.context_length - prompt_tokens),
-            logprobs=request.logprobs,
-            prompt_logprobs=request.logprobs if request.echo else None,
+            n=generation.n,
+            temperature=generation.temperature,
+            top_p=generation.top_p,
+            top_k=generation.top_k,
+            min_p=generation.min_p,
+            presence_penalty=generation.presence_penalty,
+            frequency_penalty=generation.frequency_penalty,
+            repetition_penalty=generation.repetition_penalty,
+            seed=generation.seed,
+            stop=list(generation.stop),
+            stop_token_ids=list(generation.stop_token_ids),
+            ignore_eos=generation.ignore_eos,
+            max_tokens=min(generation.max_new_tokens, self.context_length - prompt_tokens),
+            logprobs=generation.logprobs,
+            prompt_logprobs=generation.logprobs if generation.prompt_logprobs else None,
             spaces_between_special_tokens=False,
             output_kind=RequestOutputKind.DELTA,
         )
@@ -189,7 +189,7 @@ class VllmEngine(Engine):
 
         return isinstance(error, (ValueError, VLLMClientError))
 
-    def _as_worker_error(self, error: Exception) -> WorkerError:
+    def _as_request_error(self, error: Exception) -> RequestError:
         if self._is_clients(error):
             return InvalidParameter(root_cause(error))
         logger.error("Generation failed: %s", root_cause(error))

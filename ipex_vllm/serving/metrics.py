@@ -1,34 +1,32 @@
-"""Prometheus metrics of a worker: the server's own counts beside whatever the engine registers (vLLM: `vllm:*`)."""
+"""Prometheus metrics of a worker: the core's own counts beside whatever the engine registers (vLLM: `vllm:*`)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import REGISTRY, Collector
 
-if TYPE_CHECKING:
-    from ipex_vllm.serving.fastchat import WorkerServer
+from ipex_vllm.serving.core import Core
 
 PREFIX = "ipex_vllm"
 
 
 class WorkerCollector(Collector):
-    """Reads a server's counts when Prometheus asks, so that serving pays nothing for them."""
+    """Reads a core's counts when Prometheus asks, so that serving pays nothing for them."""
 
-    def __init__(self, server: WorkerServer) -> None:
-        self._server = server
+    def __init__(self, core: Core) -> None:
+        self._core = core
 
     def collect(self) -> Iterator[Metric]:
-        slots, tally = self._server.slots, self._server.tally
+        slots, tally = self._core.slots, self._core.tally
         for name, value, help in (
             ("slots", slots.limit, "Requests that may run at once."),
             ("slots_in_use", slots.num_in_use, "Requests running now."),
             ("queue_length", slots.num_waiting, "Requests waiting for a slot."),
-            ("ready", int(self._server.is_ready()), "1 when loaded, registered and not draining."),
+            ("ready", int(self._core.is_ready()), "1 when loaded, registered and not draining."),
         ):
             yield GaugeMetricFamily(f"{PREFIX}_{name}", help, value)
         for name, value, help in (
@@ -49,8 +47,8 @@ class WorkerCollector(Collector):
         yield errors
 
 
-def exposition(server: WorkerServer) -> tuple[bytes, str]:
+def exposition(core: Core) -> tuple[bytes, str]:
     """The metrics in Prometheus' text format, and its content type."""
     own = CollectorRegistry()
-    own.register(WorkerCollector(server))
+    own.register(WorkerCollector(core))
     return generate_latest(own) + generate_latest(REGISTRY), CONTENT_TYPE_LATEST

@@ -1,15 +1,7 @@
-"""FastChat's worker protocol: requests in, frames out, and every error a client can see.
+"""FastChat's worker protocol: requests in, frames and errors out.
 
 Standard library only, so that it imports in any engine's environment. The protocol is FastChat 0.2.36's; see
 docs/protocol.md for each field.
-
-    WorkerError
-    ├── InvalidParameter   40302  a parameter is missing, of the wrong type or out of range
-    ├── ContextOverflow    40303  the prompt does not fit the context
-    ├── InvalidModel       40301  another model than this worker's
-    ├── Unauthorized       40101  no or wrong API token
-    ├── Overloaded         42903  all slots and the queue are full, or the worker is draining
-    └── InternalError      50001  the engine failed
 """
 
 from __future__ import annotations
@@ -17,75 +9,31 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, TypeVar
 
-FinishReason = Literal["stop", "length"]
+from ipex_vllm.engines.generation import (
+    Delta,
+    FinishReason,
+    Generation,
+    InvalidParameter,
+    RequestError,
+    TokenLogprob,
+)
+from ipex_vllm.serving.core import error_code
+
 Number = TypeVar("Number", int, float)
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 64
 
 
-class WorkerError(Exception):
-    """An error a client can see: FastChat's code and a sentence that says what to do."""
-
-    error_code: ClassVar[int]
-
-    def payload(self) -> dict[str, Any]:
-        return {"text": str(self), "error_code": self.error_code}
-
-
-class InvalidParameter(WorkerError):
-    error_code = 40302
-
-
-class ContextOverflow(WorkerError):
-    error_code = 40303
-
-    def __init__(self, prompt_tokens: int, context_length: int) -> None:
-        super().__init__(
-            f"The prompt has {prompt_tokens} tokens; the context holds {context_length} with room for at least one "
-            "new token. Shorten the prompt."
-        )
-
-
-class InvalidModel(WorkerError):
-    error_code = 40301
-
-
-class Unauthorized(WorkerError):
-    error_code = 40101
-
-
-class Overloaded(WorkerError):
-    error_code = 42903
-
-
-class InternalError(WorkerError):
-    error_code = 50001
-
-
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """The parameters of /worker_generate and /worker_generate_stream, checked. Sampling fields have vLLM's meaning."""
+    """A body of /worker_generate or /worker_generate_stream, checked: what to generate, and FastChat's own fields."""
 
-    prompt: str
+    generation: Generation
     model: str | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = -1
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    max_new_tokens: int = 256
     echo: bool = True
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    n: int = 1
-    seed: int | None = None
 
     @classmethod
     def parse(cls, body: object) -> GenerateRequest:
@@ -101,9 +49,10 @@ class GenerateRequest:
         if repetition_penalty == 0:
             raise InvalidParameter("repetition_penalty must be above 0; 1 leaves the probabilities as they are.")
         stop = read.strings("stop")
-        return cls(
+        echo = read.boolean("echo", True)
+        logprobs = read.optional_number("logprobs", int, minimum=0, maximum=MAX_LOGPROBS)
+        generation = Generation(
             prompt=read.text("prompt"),
-            model=read.optional_text("model"),
             # FastChat's clients send tiny temperatures and a top_p of 0 and mean greedy decoding.
             temperature=temperature if temperature > 1e-5 else 0.0,
             top_p=max(read.number("top_p", float, 1.0, minimum=0.0, maximum=1.0), 1e-5),
@@ -113,14 +62,15 @@ class GenerateRequest:
             frequency_penalty=read.number("frequency_penalty", float, 0.0, minimum=-2.0, maximum=2.0),
             repetition_penalty=repetition_penalty,
             max_new_tokens=read.number("max_new_tokens", int, 256, minimum=1),
-            echo=read.boolean("echo", True),
             stop=tuple(dict.fromkeys(text for text in stop if text)),
             stop_token_ids=read.token_ids("stop_token_ids"),
             ignore_eos=read.boolean("ignore_eos", False),
-            logprobs=read.optional_number("logprobs", int, minimum=0, maximum=MAX_LOGPROBS),
+            logprobs=logprobs,
+            prompt_logprobs=echo and logprobs is not None,
             n=n,
             seed=read.optional_number("seed", int, minimum=-(2**63), maximum=2**63 - 1),
         )
+        return cls(generation, read.optional_text("model"), echo)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,38 +175,8 @@ class _Reader:
         return tuple(values)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """One token's log probability; `logprob` and `top` are None for the first token of a prompt."""
-
-    token: str
-    logprob: float | None
-    top: dict[str, float] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What an engine step adds to one choice of a request.
-
-    Attributes:
-        text: new text, already cut before a stop string; never a part of a character.
-        num_tokens: new completion tokens.
-        prompt_tokens: length of the request's prompt, the same in every delta.
-        finish_reason: set in the choice's last delta only.
-        logprobs: one entry per new token, when asked for; with echo, the prompt's come first.
-        index: which of the request's `n` choices.
-    """
-
-    text: str
-    num_tokens: int
-    prompt_tokens: int
-    finish_reason: FinishReason | None = None
-    logprobs: tuple[TokenLogprob, ...] = ()
-    index: int = 0
-
-
 @dataclass(slots=True)
-class Choice:
+class ChoiceTranscript:
     """One choice's text and log probabilities so far, as FastChat wants them: cumulative."""
 
     prefix: str
@@ -284,8 +204,9 @@ class Transcript:
     """All that a request has produced so far, and its frames."""
 
     def __init__(self, request: GenerateRequest) -> None:
-        prefix = request.prompt if request.echo else ""
-        self.choices = [Choice(prefix, request.logprobs is not None) for _ in range(request.n)]
+        generation = request.generation
+        prefix = generation.prompt if request.echo else ""
+        self.choices = [ChoiceTranscript(prefix, generation.logprobs is not None) for _ in range(generation.n)]
         self.prompt_tokens = 0
 
     def add(self, delta: Delta) -> None:
@@ -296,20 +217,17 @@ class Transcript:
     def is_finished(self) -> bool:
         return all(choice.finish_reason is not None for choice in self.choices)
 
-    @property
-    def completion_tokens(self) -> int:
-        return sum(choice.num_tokens for choice in self.choices)
-
     def payload(self) -> dict[str, Any]:
         """One frame's content: the first choice, and all of them under `choices` when there are several."""
         choices = [choice.payload() for choice in self.choices]
+        completion_tokens = sum(choice.num_tokens for choice in self.choices)
         payload = {
             **choices[0],
             "error_code": 0,
             "usage": {
                 "prompt_tokens": self.prompt_tokens,
-                "completion_tokens": self.completion_tokens,
-                "total_tokens": self.prompt_tokens + self.completion_tokens,
+                "completion_tokens": completion_tokens,
+                "total_tokens": self.prompt_tokens + completion_tokens,
             },
         }
         if len(choices) > 1:
@@ -330,6 +248,11 @@ def logprobs_payload(logprobs: Iterable[TokenLogprob]) -> dict[str, list[Any]]:
         payload["top_logprobs"].append(entry.top)
         offset += len(entry.token)
     return payload
+
+
+def error_payload(error: RequestError) -> dict[str, Any]:
+    """FastChat's form of an error."""
+    return {"text": str(error), "error_code": error_code(error)}
 
 
 def encode_frame(payload: Mapping[str, Any]) -> bytes:

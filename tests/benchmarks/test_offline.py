@@ -8,7 +8,7 @@ import pytest
 from benchmarks.compare.offline import EngineClient
 from benchmarks.load.client import Clock
 from benchmarks.load.metrics import Timeline
-from ipex_vllm.serving.protocol import Delta, GenerateRequest, InternalError
+from ipex_vllm.engines.generation import Delta, Generation, InternalError
 
 
 class FakeEngine:
@@ -16,10 +16,10 @@ class FakeEngine:
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error
-        self.requests: list[GenerateRequest] = []
+        self.requests: list[Generation] = []
 
-    async def stream(self, request: GenerateRequest, request_id: str) -> AsyncGenerator[Delta, None]:
-        self.requests.append(request)
+    async def stream(self, generation: Generation, request_id: str) -> AsyncGenerator[Delta, None]:
+        self.requests.append(generation)
         if self.error:
             raise self.error
         yield Delta("", 1, 7)
@@ -41,7 +41,8 @@ async def test_the_engine_s_deltas_become_a_timeline() -> None:
     assert (timeline.text, timeline.usage_prompt_tokens, timeline.usage_output_tokens) == ("ü x", 7, 3)
     assert [count for _, count in timeline.chunks] == [1, 2, 3]
     (request,) = engine.requests
-    assert (request.temperature, request.max_new_tokens, request.ignore_eos, request.echo) == (0.0, 3, True, False)
+    assert (request.temperature, request.max_new_tokens, request.ignore_eos) == (0.0, 3, True)
+    assert not request.prompt_logprobs
 
 
 async def test_an_engine_s_error_is_a_failure() -> None:

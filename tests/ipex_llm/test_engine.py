@@ -7,10 +7,10 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 
 from ipex_vllm.demo import MODEL_DIR
+from ipex_vllm.engines.generation import Delta, Generation
 from ipex_vllm.engines.ipex_llm import IpexLlmEngine
 from ipex_vllm.options import WorkerOptions
 from ipex_vllm.plan import cpu
-from ipex_vllm.serving.protocol import Delta, GenerateRequest
 
 
 async def start_engine() -> IpexLlmEngine:
@@ -24,7 +24,7 @@ async def start_engine() -> IpexLlmEngine:
 
 async def test_a_closed_stream_aborts_its_request_and_stop_leaves_nothing() -> None:
     engine = await start_engine()
-    request = GenerateRequest(prompt="import", max_new_tokens=1000, ignore_eos=True)
+    request = Generation(prompt="import", max_new_tokens=1000, ignore_eos=True)
     streams: list[AsyncGenerator[Delta, None]] = [engine.stream(request, f"request-{i}") for i in range(4)]
     for deltas in streams:
         await anext(deltas)

@@ -15,8 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
-from ipex_vllm.serving.fastchat import Slots
-from ipex_vllm.serving.protocol import InternalError
+from ipex_vllm.engines.generation import InternalError
+from ipex_vllm.serving.core import Slots
 from tests.support import FakeEngine, generate, make_server, raw_post, serving, split_frames, stream
 
 
@@ -124,11 +124,11 @@ def test_beyond_the_slots_requests_wait_and_beyond_the_queue_they_are_refused() 
     server = make_server(FakeEngine(["a", "b"], interval_s=0.3), limit=2, queue_limit=3)
     with serving(server) as url, ThreadPoolExecutor(9) as pool:
         answers = [pool.submit(generate, url, prompt="p") for _ in range(9)]
-        wait_until(lambda: server.slots.queue_length == 5, "2 running and 3 waiting")
+        wait_until(lambda: server.core.slots.queue_length == 5, "2 running and 3 waiting")
         assert post(url, "/worker_get_status") == {"model_names": ["fake-model"], "speed": 1, "queue_length": 5}
         codes = sorted(answer.result()["error_code"] for answer in answers)
         assert codes == [0] * 5 + [42903] * 4
-        assert server.slots.queue_length == 0
+        assert server.core.slots.queue_length == 0
 
 
 def test_a_disconnect_frees_the_slot_and_the_engine_at_once() -> None:
@@ -141,8 +141,8 @@ def test_a_disconnect_frees_the_slot_and_the_engine_at_once() -> None:
             for connection in connections:
                 connection.close()
             wait_until(lambda: engine.num_running == 0, "aborted")
-            assert server.slots.num_in_use == 0
-        assert server.tally.disconnects == 9
+            assert server.core.slots.num_in_use == 0
+        assert server.core.tally.disconnects == 9
 
 
 def test_a_request_that_waits_can_be_given_up() -> None:
@@ -152,11 +152,11 @@ def test_a_request_that_waits_can_be_given_up() -> None:
         running = raw_post(url, "/worker_generate_stream", {"prompt": "p"})
         wait_until(lambda: engine.num_running == 1, "running")
         waiting = raw_post(url, "/worker_generate_stream", {"prompt": "p"})
-        wait_until(lambda: server.slots.num_waiting == 1, "waiting")
+        wait_until(lambda: server.core.slots.num_waiting == 1, "waiting")
         waiting.close()
-        wait_until(lambda: server.slots.num_waiting == 0, "gone")
+        wait_until(lambda: server.core.slots.num_waiting == 0, "gone")
         running.close()
-        wait_until(lambda: server.slots.num_in_use == 0, "gone too")
+        wait_until(lambda: server.core.slots.num_in_use == 0, "gone too")
 
 
 def test_bytes_grow_linearly_with_the_output() -> None:
@@ -200,7 +200,7 @@ def test_a_closed_worker_fails_the_poll_that_keeps_it_registered() -> None:
     server = make_server(FakeEngine())
     with serving(server) as url:
         assert httpx.get(url + "/ready", trust_env=False).status_code == 200
-        server.slots.is_closed = True
+        server.core.slots.is_closed = True
         assert httpx.post(url + "/worker_get_status", trust_env=False).status_code == 503
         assert httpx.get(url + "/ready", trust_env=False).status_code == 503
         assert httpx.get(url + "/health", trust_env=False).status_code == 200

@@ -5,17 +5,10 @@ import math
 
 import pytest
 
-from ipex_vllm.serving.protocol import (
-    Delta,
-    EmbeddingRequest,
-    GenerateRequest,
-    InvalidParameter,
-    TokenLogprob,
-    Transcript,
-    parse_prompt,
-)
+from ipex_vllm.engines.generation import Delta, Generation, InvalidParameter, TokenLogprob
+from ipex_vllm.serving.protocol import EmbeddingRequest, GenerateRequest, Transcript, error_payload, parse_prompt
 
-NAMES = [field.name for field in dataclasses.fields(GenerateRequest)]
+NAMES = [field.name for cls in (Generation, GenerateRequest) for field in dataclasses.fields(cls)]
 ALL_NULL = dict.fromkeys([*NAMES, "best_of", "use_beam_search"])
 
 
@@ -25,28 +18,30 @@ def test_explicit_nulls_mean_the_defaults() -> None:
 
 def test_defaults_are_fastchats() -> None:
     request = GenerateRequest.parse({"prompt": "p"})
-    assert (request.temperature, request.top_p, request.top_k, request.max_new_tokens) == (1.0, 1.0, -1, 256)
+    generation = request.generation
+    assert (generation.temperature, generation.top_p, generation.top_k) == (1.0, 1.0, -1)
+    assert generation.max_new_tokens == 256
     assert request.echo, "FastChat's test_throughput leaves echo out and subtracts the prompt's words"
 
 
 @pytest.mark.parametrize(("stop", "expected"), [("x", ("x",)), (["x", "", "y", "x"], ("x", "y")), ([], ()), ("", ())])
 def test_stop_is_a_string_or_a_list(stop: object, expected: tuple[str, ...]) -> None:
-    assert GenerateRequest.parse({"prompt": "p", "stop": stop}).stop == expected
+    assert GenerateRequest.parse({"prompt": "p", "stop": stop}).generation.stop == expected
 
 
 def test_stop_token_ids_stay_ids() -> None:
-    request = GenerateRequest.parse({"prompt": "p", "stop_token_ids": [2, None]})
+    request = GenerateRequest.parse({"prompt": "p", "stop_token_ids": [2, None]}).generation
     assert (request.stop_token_ids, request.stop) == ((2,), ())
 
 
 def test_a_tiny_temperature_is_greedy_and_a_zero_top_p_is_legal() -> None:
-    request = GenerateRequest.parse({"prompt": "p", "temperature": 1e-6, "top_p": 0, "top_k": 0})
+    request = GenerateRequest.parse({"prompt": "p", "temperature": 1e-6, "top_p": 0, "top_k": 0}).generation
     assert (request.temperature, request.top_k) == (0.0, -1)
     assert 0 < request.top_p < 1e-4
 
 
 def test_whole_floats_are_integers() -> None:
-    assert GenerateRequest.parse({"prompt": "p", "top_k": -1.0, "max_new_tokens": 5.0}).max_new_tokens == 5
+    assert GenerateRequest.parse({"prompt": "p", "top_k": -1.0, "max_new_tokens": 5.0}).generation.max_new_tokens == 5
 
 
 @pytest.mark.parametrize(
@@ -93,7 +88,7 @@ def test_whole_floats_are_integers() -> None:
 def test_a_wrong_parameter_is_named(wrong: dict[str, object]) -> None:
     with pytest.raises(InvalidParameter, match=next(iter(wrong))) as caught:
         GenerateRequest.parse({"prompt": "p", **wrong})
-    assert caught.value.payload()["error_code"] == 40302
+    assert error_payload(caught.value)["error_code"] == 40302
 
 
 @pytest.mark.parametrize("body", [None, [], "text", 5])

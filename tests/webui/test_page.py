@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 
 from ipex_vllm.demo import MODEL_DIR
 from ipex_vllm.serving.conversation import ChatFormat, translate
-from ipex_vllm.serving.fastchat import Slots, WorkerServer
+from ipex_vllm.serving.core import Core, Slots
+from ipex_vllm.serving.fastchat import FastChatServer
 from tests.processes import Server, register
 from tests.support import FakeEngine, serving
 from tests.webui.conftest import OpenPage
@@ -35,7 +36,7 @@ def chat_format() -> ChatFormat:
 @contextmanager
 def fake_worker(controller: Server, engine: FakeEngine, name: str, chat_format: ChatFormat) -> Iterator[str]:
     """Serve `engine` under `name` and make the controller know it; dies without a word to the controller."""
-    server = WorkerServer(engine, (name,), chat_format, Slots(8, 8))
+    server = FastChatServer(Core(engine, (name,), Slots(8, 8)), chat_format)
     with serving(server) as url:
         register(controller.url, url, server)
         yield url

@@ -22,12 +22,12 @@ import pytest
 import torch
 
 from ipex_vllm.demo import MODEL_DIR
+from ipex_vllm.engines.generation import Generation
 from ipex_vllm.errors import EngineError
 from ipex_vllm.low_bit.hf import HfLowBitLinear
 from ipex_vllm.low_bit.kernels.base import LowBitLinear
 from ipex_vllm.options import WorkerOptions
 from ipex_vllm.plan import cpu
-from ipex_vllm.serving.protocol import GenerateRequest
 from tests.processes import Server, eventually
 from tests.support import generate, make_server, serving, stream
 from workers import hf_engine, hf_generation, hf_ipex
@@ -196,9 +196,7 @@ def test_penalties_are_vllms() -> None:
     torch.manual_seed(0)
     prompt, completion = torch.randint(0, 50, (2, 9)), torch.randint(0, 50, (2, 30))
     logits = torch.randn(2, 50) * 4
-    request = GenerateRequest(
-        prompt="", temperature=0, repetition_penalty=1.3, frequency_penalty=0.7, presence_penalty=-0.4
-    )
+    request = Generation(prompt="", temperature=0, repetition_penalty=1.3, frequency_penalty=0.7, presence_penalty=-0.4)
     scores = logits
     for processor in logits_processors(request, prompt_tokens=9):
         scores = processor(torch.cat([prompt, completion], dim=1), scores)
@@ -213,7 +211,7 @@ def test_top_k_and_top_p_keep_vllms_tokens(top_k: int, top_p: float) -> None:
 
     torch.manual_seed(0)
     logits = torch.randn(4, 200) * 3
-    request = GenerateRequest(prompt="", temperature=0.7, top_k=top_k, top_p=top_p)
+    request = Generation(prompt="", temperature=0.7, top_k=top_k, top_p=top_p)
     scores = logits
     for processor in logits_processors(request, prompt_tokens=0):
         scores = processor(torch.zeros(4, 0, dtype=torch.long), scores)
@@ -226,7 +224,7 @@ def test_top_k_and_top_p_keep_vllms_tokens(top_k: int, top_p: float) -> None:
 
 
 def test_min_p_keeps_tokens_by_their_share_of_the_likeliest() -> None:
-    request = GenerateRequest(prompt="", min_p=0.3)
+    request = Generation(prompt="", min_p=0.3)
     (processor,) = logits_processors(request, prompt_tokens=0)
     probabilities = torch.tensor([[0.5, 0.2, 0.14, 0.16]])
     kept = processor(torch.zeros(1, 0, dtype=torch.long), probabilities.log()).isfinite()
@@ -298,7 +296,7 @@ def test_the_context_bounds_prompt_and_completion() -> None:
 
 
 async def read_then_leave(engine: HfEngine, num_deltas: int, **params: Any) -> None:
-    request = GenerateRequest(prompt=PROMPT, ignore_eos=True, **params)
+    request = Generation(prompt=PROMPT, ignore_eos=True, **params)
     async with aclosing(engine.stream(request, "leaves")) as deltas:
         for _ in range(num_deltas):
             await anext(deltas)

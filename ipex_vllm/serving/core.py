@@ -1,0 +1,226 @@
+"""From a request to its deltas, whatever the protocol: slots, counts, the log line, the errors, the drain.
+
+A protocol parses, asks the core, and renders. It reaches the engine in no other way:
+
+    with core.recorded(request_id) as record:  # logged and counted, however it ends
+        generation = ...                       # parsed; a RequestError is recorded as well
+        async with aclosing(core.stream(generation, record)) as deltas:
+            ...                                # rendered
+
+Errors, beside those of engines/generation.py, with the number that logs and metrics know them by:
+
+    RequestError
+    ├── InvalidModel   40301  another model than this worker's
+    ├── Unauthorized   40101  no or wrong API token
+    └── Overloaded     42903  all slots and the queue are full, or the worker is draining
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
+
+from ipex_vllm.engines.engine import Engine
+from ipex_vllm.engines.generation import (
+    ContextOverflow,
+    Delta,
+    Generation,
+    InternalError,
+    InvalidParameter,
+    RequestError,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class InvalidModel(RequestError):
+    pass
+
+
+class Unauthorized(RequestError):
+    pass
+
+
+class Overloaded(RequestError):
+    pass
+
+
+# FastChat's numbers, under which logs and metrics count errors whatever the protocol.
+ERROR_CODES: dict[type[RequestError], int] = {
+    Unauthorized: 40101,
+    InvalidModel: 40301,
+    InvalidParameter: 40302,
+    ContextOverflow: 40303,
+    Overloaded: 42903,
+    InternalError: 50001,
+}
+
+
+def error_code(error: RequestError) -> int:
+    return ERROR_CODES[type(error)]
+
+
+class Slots:
+    """At most `limit` requests at once; `queue_limit` more may wait; any beyond are refused."""
+
+    def __init__(self, limit: int, queue_limit: int) -> None:
+        self._semaphore = asyncio.Semaphore(limit)
+        self.limit = limit
+        self._queue_limit = queue_limit
+        self.num_in_use = 0
+        self.num_waiting = 0
+        self.is_closed = False
+
+    @asynccontextmanager
+    async def take(self) -> AsyncIterator[None]:
+        """Hold a slot. Raises Overloaded."""
+        if self.is_closed:
+            raise Overloaded("This worker is shutting down. Send the request again; another worker will take it.")
+        if self._semaphore.locked() and self.num_waiting >= self._queue_limit:
+            raise Overloaded(
+                f"{self.limit} requests are running and {self.num_waiting} are waiting, the most that this worker "
+                "takes. Try again later."
+            )
+        self.num_waiting += 1
+        try:
+            await self._semaphore.acquire()
+        finally:
+            self.num_waiting -= 1
+        self.num_in_use += 1
+        try:
+            yield
+        finally:
+            self.num_in_use -= 1
+            self._semaphore.release()
+
+    @property
+    def queue_length(self) -> int:
+        """What FastChat's controller balances by."""
+        return self.num_in_use + self.num_waiting
+
+
+@dataclass
+class Tally:
+    """What this worker did since it started, for `metrics.py`."""
+
+    finished: Counter[str] = field(default_factory=Counter)  # by finish reason
+    errors: Counter[int] = field(default_factory=Counter)  # by error code
+    disconnects: int = 0
+    frames: int = 0
+    frame_bytes: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def count_error(self, error: RequestError) -> None:
+        self.errors[error_code(error)] += 1
+
+
+@dataclass
+class Record:
+    """One request's log line."""
+
+    id: str
+    outcome: str = "unfinished"
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    started_at: float = field(default_factory=time.monotonic)
+    first_token_at: float | None = None
+
+    def add(self, delta: Delta) -> None:
+        if self.first_token_at is None:
+            self.first_token_at = time.monotonic()
+        self.prompt_tokens = delta.prompt_tokens
+        self.completion_tokens += delta.num_tokens
+        if delta.index == 0 and delta.finish_reason is not None:
+            self.outcome = delta.finish_reason
+
+    def __str__(self) -> str:
+        ttft = "-" if self.first_token_at is None else f"{self.first_token_at - self.started_at:.3f}s"
+        return (
+            f"request {self.id} {self.outcome} prompt_tokens={self.prompt_tokens} "
+            f"completion_tokens={self.completion_tokens} ttft={ttft} duration={time.monotonic() - self.started_at:.3f}s"
+        )
+
+
+class Core:
+    """One loaded model and the requests to it.
+
+    Args:
+        engine: the loaded model.
+        names: model names that clients may use.
+        slots: how many requests run and wait.
+        log_prompts: write prompts into the log.
+    """
+
+    def __init__(self, engine: Engine, names: tuple[str, ...], slots: Slots, log_prompts: bool = False) -> None:
+        self.engine = engine
+        self.names = names
+        self.slots = slots
+        self.tally = Tally()
+        self.is_registered: Callable[[], bool] = lambda: True  # the worker knows, where there is a controller
+        self._log_prompts = log_prompts
+
+    def is_ready(self) -> bool:
+        """Registered and taking requests; the model is loaded before there is a core."""
+        return self.is_registered() and not self.slots.is_closed
+
+    def check_model(self, model: str | None) -> None:
+        """Raise InvalidModel for a name that is not this worker's; no name is fine."""
+        if model is not None and model not in self.names:
+            raise InvalidModel(f"This worker serves {', '.join(self.names)}, not {model!r}.")
+
+    @contextmanager
+    def recorded(self, request_id: str) -> Iterator[Record]:
+        """Log and count a request, however it ends. Of errors, only a RequestError leaves: a bug becomes one."""
+        record = Record(request_id)
+        try:
+            yield record
+            self.tally.finished[record.outcome] += 1
+        except RequestError as error:
+            self._fail(record, error)
+            raise
+        except Exception as bug:
+            logger.exception("request %s failed on a bug of this worker", request_id)
+            told = bug_error()
+            self._fail(record, told)
+            raise told from bug
+        except BaseException:  # cancelled or closed: the client is gone
+            record.outcome = "disconnect"
+            self.tally.disconnects += 1
+            raise
+        finally:
+            self.tally.prompt_tokens += record.prompt_tokens
+            self.tally.completion_tokens += record.completion_tokens
+            logger.info("%s", record)
+
+    async def stream(self, generation: Generation, record: Record) -> AsyncGenerator[Delta, None]:
+        """The engine's deltas, in a slot; closing the generator aborts the request. Raises RequestError."""
+        if self._log_prompts:
+            logger.info("request %s prompt %r", record.id, generation.prompt)
+        async with self.slots.take(), aclosing(self.engine.stream(generation, record.id)) as deltas:
+            async for delta in deltas:
+                record.add(delta)
+                yield delta
+
+    async def drain(self, timeout_s: float) -> None:
+        """Wait until no request runs or waits, at most `timeout_s` seconds."""
+        logger.info("draining: %d requests", self.slots.queue_length)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self.slots.queue_length:
+                    await asyncio.sleep(0.05)
+        if self.slots.queue_length:
+            logger.warning("%d requests were cut off after %g s", self.slots.queue_length, timeout_s)
+
+    def _fail(self, record: Record, error: RequestError) -> None:
+        record.outcome = f"error {error_code(error)}"
+        self.tally.count_error(error)
+
+
+def bug_error() -> InternalError:
+    return InternalError("The worker failed on this request; its log says how.")
