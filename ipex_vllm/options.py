@@ -26,8 +26,7 @@ ENVIRONMENT_PREFIX = "IPEX_VLLM_"
 CONFIG_VARIABLE = f"{ENVIRONMENT_PREFIX}CONFIG"
 TRUE_WORDS, FALSE_WORDS = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
-# Formats that only choose the dtype. All others quantize the weights; see ipex_vllm.low_bit.
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+Device = Literal["cpu", "xpu"]
 
 
 def option(help: str, default: Any = MISSING, *, aliases: Sequence[str] = (), secret: bool = False) -> Any:
@@ -43,7 +42,7 @@ class WorkerOptions:
     model_names: str | None = option(
         "names shown to clients, comma separated; default: the model path's last part", None
     )
-    device: Literal["cpu", "xpu"] = option("what computes", "cpu")
+    device: Device = option("what computes", "cpu")
     low_bit: str | None = option(
         "weight format on load: bf16, fp16, fp32 or one of ipex-llm's low-bit formats (sym_int4, sym_int8, ...)",
         None,

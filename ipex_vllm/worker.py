@@ -9,25 +9,30 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import importlib
 import ipaddress
 import logging
 import signal
 import socket
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 
+from ipex_vllm import ports
 from ipex_vllm.demo import resolve_model_path
 from ipex_vllm.engines.engine import Engine
 from ipex_vllm.engines.generation import Generation
-from ipex_vllm.errors import EngineError, OptionError
+from ipex_vllm.engines.load import ENGINES, EngineLoader
+from ipex_vllm.errors import EngineError, root_cause, run_main
 from ipex_vllm.lifetime import die_with_parent
+from ipex_vllm.machine.facts import MachineFacts
+from ipex_vllm.machine.model import ModelFacts
 from ipex_vllm.options import Parser, WorkerOptions, add_options, from_namespace, layered_arguments
-from ipex_vllm.plan import cpu, xpu
+from ipex_vllm.plan.devices import PLANNERS
+from ipex_vllm.plan.plan import Plan
 from ipex_vllm.serving.controller import ControllerClient
 from ipex_vllm.serving.conversation import check_template_name, choose_chat_format
 from ipex_vllm.serving.core import Core, Slots
@@ -35,100 +40,93 @@ from ipex_vllm.serving.fastchat import FastChatServer
 
 logger = logging.getLogger("ipex_vllm.worker")  # __name__ is "__main__" where it matters
 
-# Engine modules import a model library's world, so they are named here and imported when chosen.
-ENGINES = {"vllm": "ipex_vllm.engines.vllm:VllmEngine", "ipex-llm": "ipex_vllm.engines.ipex_llm:IpexLlmEngine"}
-
-EXIT_USAGE = 2
-EXIT_ENGINE = 1
 STREAMS_END_TIMEOUT_S = 10.0  # for the error frames of requests that a dead engine left behind
 
 
-def main(arguments: Sequence[str] | None = None, engine: str | None = None) -> None:
-    """Run a worker and exit the process. `engine` is "module:Class"; by default --engine chooses it."""
+def main(arguments: Sequence[str] | None = None, load: EngineLoader | None = None) -> None:
+    """Run a worker and exit the process. `load` imports the engine; by default --engine chooses it."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
     for chatty in ("httpx", "uvicorn"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    try:
-        sys.exit(run(sys.argv[1:] if arguments is None else arguments, engine))
-    except OptionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USAGE)
-    except EngineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_ENGINE)
+    run_main(lambda: run(sys.argv[1:] if arguments is None else arguments, load))
 
 
-def run(arguments: Sequence[str], engine: str | None) -> int:
+def run(arguments: Sequence[str], load: EngineLoader | None) -> int:
     """Serve until told to stop and return the exit status. Raises OptionError and EngineError."""
-    machine = cpu.Machine.probe()
-    early = own_options(arguments, engine)
-    if early.preload and early.device == "cpu":
-        cpu.preload_and_reexecute(machine)
+    machine = MachineFacts.probe()
+    early = own_options(arguments, load)
+    if early.preload:
+        PLANNERS[early.device].apply(machine)
 
-    engine_class, options, args, plan = prepare(machine, arguments, engine)
+    engine_class, options, plan = prepare(machine, arguments, load)
     if options.explain:
         return 0
     # Until the server runs, a signal ends the process wherever it is; exit handlers end the engine's processes.
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, lambda number, _: sys.exit(128 + number))
-    with listening_socket(options) as sock:
-        return asyncio.run(serve(engine_class, options, args, plan, sock))
+    if not is_loopback(options.host) and options.api_token is None:
+        logger.warning("--host %s opens this worker to the network, and no --api-token guards it", options.host)
+    # Bound before the model loads: a port in use is told at once. Nothing listens on it yet.
+    with ports.bind(options.host, options.port) as sock:
+        return asyncio.run(serve(engine_class, options, plan, sock))
 
 
 def prepare(
-    machine: cpu.Machine, arguments: Sequence[str], engine: str | None
-) -> tuple[type[Engine], WorkerOptions, argparse.Namespace, cpu.Plan]:
-    """Read the options and choose the settings for this machine: all that `Engine.start` takes.
-
-    Raises OptionError and EngineError.
-    """
-    engine_class = load_engine(engine or ENGINES[own_options(arguments, engine).engine])
-    parser = make_parser(engine)
-    engine_class.add_arguments(parser)
+    machine: MachineFacts, arguments: Sequence[str], load: EngineLoader | None
+) -> tuple[type[Engine], WorkerOptions, Plan]:
+    """Read the options and choose the settings for this machine. Raises OptionError and EngineError."""
+    parser = make_parser(load)
+    engine_class = load_engine(load or ENGINES[own_options(arguments, load).engine], parser)
     args = parser.parse_args(layered_arguments(parser, arguments))
     if args.model_names is None:
         args.model_names = Path(args.model_path).name
     args.model_path = resolve_model_path(args.model_path)
-    check_model_directory(args.model_path)
     options: WorkerOptions = from_namespace(WorkerOptions, args)
+    engine_args = argparse.Namespace(**{name: vars(args)[name] for name in vars(args).keys() - vars(options).keys()})
+    check_model_directory(options.model_path)
     if options.conv_template is not None:
         check_template_name(options.conv_template)
-    num_hosts = getattr(args, "nnodes", 1)
-    facts = cpu.ModelFacts.read(options.model_path).share_of(num_hosts)
-    if options.device == "cpu" and getattr(args, "dtype", "auto") == "auto":
-        options, line = cpu.choose_weights(machine, options, facts)
-        logger.info("%s", line)
-    num_stages = getattr(args, "pipeline_parallel_size", 1)
-    num_ranks = max(1, getattr(args, "tensor_parallel_size", 1) * num_stages // num_hosts)
-    max_model_len = getattr(args, "max_model_len", None)
-    if options.device == "xpu":
-        plan: cpu.Plan = xpu.make_plan(xpu.probe(), machine, options, facts, num_ranks, max_model_len)
-    else:
-        plan = cpu.make_plan(machine, options, facts, num_ranks, max_model_len, num_stages)
+    engine_class.check(options, engine_args)
+    demands = engine_class.demands(engine_args)
+    model = ModelFacts.read(options.model_path).share_of(demands.num_hosts)
+    planner = PLANNERS[options.device]
+    plan = replace(planner.choose(planner.probe(machine), options, model, demands), engine_args=engine_args)
     for line in plan.lines:
         logger.info("%s", line)
-    return engine_class, options, args, plan
+    return engine_class, options, plan
 
 
-def own_options(arguments: Sequence[str], engine: str | None) -> argparse.Namespace:
+def own_options(arguments: Sequence[str], load: EngineLoader | None) -> argparse.Namespace:
     """The worker's own options, before the engine that adds its options is known."""
-    parser = make_parser(engine, add_help=False)
+    parser = make_parser(load, add_help=False)
     return parser.parse_known_args(layered_arguments(parser, arguments, ignore_unknown=True))[0]
 
 
-def make_parser(engine: str | None, add_help: bool = True) -> Parser:
+def make_parser(load: EngineLoader | None, add_help: bool = True) -> Parser:
     """The worker's own options; an engine adds its own to it."""
     parser = Parser(
         prog="python -m ipex_vllm.worker", allow_abbrev=False, add_help=add_help, usage="%(prog)s [options]"
     )
     group = parser.add_argument_group("worker")
-    if engine is None:
+    if load is None:
         group.add_argument("--engine", choices=ENGINES, default="vllm", help="what runs the model")
     group.add_argument(
         "--config", metavar="FILE.yaml", help="options as `name: value` lines; flags and IPEX_VLLM_* win"
     )
     add_options(group, WorkerOptions)
     return parser
+
+
+def load_engine(load: EngineLoader, parser: argparse.ArgumentParser) -> type[Engine]:
+    """Import an engine and add its options. Raises EngineError when its model library is not installed."""
+    try:
+        engine_class = load()
+        engine_class.add_arguments(parser)
+    except ImportError as error:
+        raise EngineError(
+            f"the engine's model library cannot be imported: {root_cause(error)}; docs/engines.md names what each needs"
+        ) from error
+    return engine_class
 
 
 def check_model_directory(model_path: str) -> None:
@@ -140,18 +138,9 @@ def check_model_directory(model_path: str) -> None:
         raise EngineError(f"--model-path {model_path} {reason}: give the directory of a Hugging Face model")
 
 
-def load_engine(location: str) -> type[Engine]:
-    """Import "module:Class". Raises EngineError when its model library is not installed."""
-    module_name, _, class_name = location.partition(":")
-    engine_class: type[Engine] = getattr(importlib.import_module(module_name), class_name)
-    return engine_class
-
-
-async def serve(
-    engine_class: type[Engine], options: WorkerOptions, args: argparse.Namespace, plan: cpu.Plan, sock: socket.socket
-) -> int:
+async def serve(engine_class: type[Engine], options: WorkerOptions, plan: Plan, sock: socket.socket) -> int:
     """Load, listen, register; then wait for a signal or the engine's death. Returns the exit status."""
-    engine = await engine_class.start(options, args, plan)
+    engine = await engine_class.start(plan)
     try:
         chat_format = choose_chat_format(engine.tokenizer, options.model_path, options.conv_template)
         logger.info("conversation: %s", chat_format.source)
@@ -185,7 +174,7 @@ async def serve(
     finally:
         await engine.stop()
     logger.info("stopped")
-    return 0 if reason is None else EXIT_ENGINE
+    return 0 if reason is None else EngineError.exit_status
 
 
 async def warm_up(engine: Engine) -> None:
@@ -219,21 +208,6 @@ class HttpServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-@contextlib.contextmanager
-def listening_socket(options: WorkerOptions) -> Iterator[socket.socket]:
-    """Bind the port before the model loads: a port in use is told at once. Nothing listens on it yet."""
-    if not is_loopback(options.host) and options.api_token is None:
-        logger.warning("--host %s opens this worker to the network, and no --api-token guards it", options.host)
-    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            sock.bind((options.host, options.port))
-        except OSError as error:
-            raise OptionError(f"cannot listen on {options.host}:{options.port}: {error.strerror}") from error
-        yield sock
 
 
 def is_loopback(host: str) -> bool:

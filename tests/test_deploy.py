@@ -97,7 +97,7 @@ def test_flags_are_those_of_the_programs(module: str) -> None:
 
 
 def test_flags_of_the_worker() -> None:
-    parser = make_parser(engine=None)
+    parser = make_parser(load=None)
     for module, *arguments in commands():
         if module == "ipex_vllm.worker":
             assert parser.parse_args(arguments).port == 21002
@@ -106,7 +106,7 @@ def test_flags_of_the_worker() -> None:
 def test_worker_options_of_the_systemd_unit() -> None:
     lines = (DEPLOY / "systemd" / "demo.env").read_text().splitlines()
     environ = dict(line.split("=", 1) for line in lines if not line.startswith("#"))
-    parser = make_parser(engine=None)
+    parser = make_parser(load=None)
     options = from_namespace(WorkerOptions, parser.parse_args(layered_arguments(parser, [], environ)))
     assert (options.model_path, options.port) == ("demo", 21002)
     assert len(environ) == 3

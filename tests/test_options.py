@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from ipex_vllm import worker
-from ipex_vllm.errors import EngineError, OptionError
+from ipex_vllm.errors import OptionError
 from ipex_vllm.options import Parser, WorkerOptions, add_options, from_namespace, layered_arguments, option
 
 Layers = dict[str, Any]
@@ -312,7 +312,7 @@ def test_explain_prints_the_plan_and_no_secret(monkeypatch, caplog, capfd, tmp_p
 def test_a_template_that_fastchat_does_not_know_is_told_before_the_model_loads(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     arguments = ["--no-preload", "--conv-template", "vicunna", "--model-path", str(tmp_path)]
-    with pytest.raises(EngineError, match=r"--conv-template vicunna: FastChat knows .*vicuna_v1.1"):
+    with pytest.raises(OptionError, match=r"--conv-template vicunna: FastChat knows .*vicuna_v1.1"):
         worker.run(arguments, None)
 
 

@@ -27,14 +27,12 @@ from ipex_vllm.engines.engine import Engine
 from ipex_vllm.engines.generation import Delta, Generation, InternalError, InvalidParameter
 from ipex_vllm.engines.older_transformers import readable_model
 from ipex_vllm.engines.tokenization import PromptEncoder
-from ipex_vllm.errors import EngineError, root_cause
-from ipex_vllm.low_bit import choose_format
-from ipex_vllm.low_bit.formats import Format
+from ipex_vllm.errors import EngineError, OneLine, OptionError, root_cause
 from ipex_vllm.low_bit.hf import quantize_model
 from ipex_vllm.options import WorkerOptions
-from ipex_vllm.plan.cpu import Plan
+from ipex_vllm.plan.plan import Demands, Plan, weight_format
 from workers.hf_generation import GenerationRun
-from workers.hf_ipex import load_with_ipex
+from workers.hf_ipex import check_for_ipex, load_with_ipex
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -70,27 +68,43 @@ class HfEngine(Engine):
         group.add_argument("--ipex", action="store_true", help="optimize the model with Intel's extension for PyTorch")
 
     @classmethod
-    async def start(cls, options: WorkerOptions, args: argparse.Namespace, plan: Plan) -> HfEngine:
+    def check(cls, options: WorkerOptions, args: argparse.Namespace) -> None:
         if options.compile:
-            raise EngineError("--compile: Transformers runs the model eagerly here; leave it out")
-        thread = ThreadPoolExecutor(1, "generation", initializer=use_cores, initargs=(plan.rank_cores[0],))
-        return await asyncio.get_running_loop().run_in_executor(thread, cls._load, options, args, thread)
+            raise OptionError("--compile: Transformers runs the model eagerly here; leave it out")
+        if args.ipex:
+            check_for_ipex(options)
+            return
+        format = weight_format(options.low_bit, options.low_bit_head)
+        if format is not None and options.device != "cpu" and format.kind != "dtype":
+            raise OptionError(
+                f"--low-bit {options.low_bit}: on --device {options.device} this worker has bf16, fp16 and fp32"
+            )
 
     @classmethod
-    def _load(cls, options: WorkerOptions, args: argparse.Namespace, thread: ThreadPoolExecutor) -> HfEngine:
+    def demands(cls, args: argparse.Namespace) -> Demands:
+        return Demands(max_model_len=args.max_model_len)
+
+    @classmethod
+    async def start(cls, plan: Plan) -> HfEngine:
+        thread = ThreadPoolExecutor(1, "generation", initializer=use_cores, initargs=(plan.rank_cores[0],))
+        return await asyncio.get_running_loop().run_in_executor(thread, cls._load, plan, thread)
+
+    @classmethod
+    def _load(cls, plan: Plan, thread: ThreadPoolExecutor) -> HfEngine:
+        args = plan.engine_args
         try:
             with tempfile.TemporaryDirectory(prefix="ipex-vllm-") as folder:
                 # The extension's environment has Transformers 4.
-                path = readable_model(options.model_path, Path(folder)) if args.ipex else options.model_path
+                path = readable_model(plan.model_path, Path(folder)) if args.ipex else plan.model_path
                 config = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
                 tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
                 context_length = choose_context_length(config, tokenizer, args.max_model_len)
-                model = load_model(path, options, args)
-        except EngineError:
+                model = load_model(path, plan)
+        except OneLine:
             raise
         except Exception as error:  # of any kind: a checkpoint can bring its own code
             logger.debug("Transformers could not load the model", exc_info=True)
-            raise EngineError(f"Transformers could not load {options.model_path}: {root_cause(error)}") from error
+            raise EngineError(f"Transformers could not load {plan.model_path}: {root_cause(error)}") from error
         return cls(model, tokenizer, context_length, thread, args.ipex)
 
     @property
@@ -185,38 +199,24 @@ def use_cores(cores: Sequence[int]) -> None:
     torch.set_num_threads(len(cores))
 
 
-def load_model(path: str, options: WorkerOptions, args: argparse.Namespace) -> Any:
+def load_model(path: str, plan: Plan) -> Any:
     """Load the model in the chosen format, ready to generate on the chosen device. Raises EngineError."""
-    if args.ipex and options.low_bit_head is not None:
-        raise EngineError("--low-bit-head: with --ipex the head has the format of the other layers")
-    if args.ipex:
-        return load_with_ipex(path, options.low_bit, options.device, args.trust_remote_code)
-    format = choose_weights(options)
+    trust_remote_code = plan.engine_args.trust_remote_code
+    if plan.engine_args.ipex:
+        return load_with_ipex(path, plan.low_bit, trust_remote_code)
+    format = weight_format(plan.low_bit)
     dtype: str | None = "auto"
     if format is not None:
         # Low-bit kernels take their activations in bfloat16.
         dtype = format.dtype if format.kind == "dtype" else "bfloat16"
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=args.trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
     if format is not None and format.kind != "dtype":
-        quantize_model(model, format.name, head=options.low_bit_head)
-    return model.to(options.device).eval()
-
-
-def choose_weights(options: WorkerOptions) -> Format | None:
-    """The row of the format table that --low-bit names. Raises EngineError when the engine does not have it."""
-    try:
-        format = choose_format(options.low_bit, options.low_bit_head, "cpu")
-    except ValueError as error:
-        raise EngineError(f"--low-bit: {error}") from error
-    if format is not None and options.device != "cpu" and format.kind != "dtype":
-        raise EngineError(
-            f"--low-bit {options.low_bit}: on --device {options.device} this worker has bf16, fp16 and fp32"
-        )
-    return format
+        quantize_model(model, format.name, head=plan.low_bit_head)
+    return model.to(plan.device).eval()
 
 
 def choose_context_length(config: Any, tokenizer: Any, chosen: int | None) -> int:
-    """What the model and its tokenizer allow, as vLLM reads it, or less. Raises EngineError."""
+    """What the model and its tokenizer allow, as vLLM reads it, or less. Raises OptionError."""
     limits = [
         limit
         for limit in (getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length)
@@ -224,7 +224,7 @@ def choose_context_length(config: Any, tokenizer: Any, chosen: int | None) -> in
     ]
     longest = min(limits, default=DEFAULT_CONTEXT_LENGTH)
     if chosen is not None and not 1 < chosen <= longest:
-        raise EngineError(f"--max-model-len {chosen}: the model has a context of {longest} tokens")
+        raise OptionError(f"--max-model-len {chosen}: the model has a context of {longest} tokens")
     return chosen or longest
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from ipex_vllm.errors import EngineError
+from ipex_vllm.errors import EngineError, OptionError
+from ipex_vllm.options import WorkerOptions
 
 LOW_BIT_FORMATS = ("bf16", "fp32", "sym_int8", "sym_int4")
 GROUP_SIZE = 32  # inputs that share a scale, as everywhere under these names; the extension's own default is all
@@ -28,13 +29,20 @@ def require_ipex() -> Any:
     return ipex
 
 
-def load_with_ipex(model_path: str, low_bit: str | None, device: str, trust_remote_code: bool) -> Any:
+def check_for_ipex(options: WorkerOptions) -> None:
+    """Raise OptionError for what the extension does not do, and EngineError where it is not installed."""
+    if options.device != "cpu":
+        raise OptionError(f"--ipex: on --device cpu only, not on {options.device}")
+    if options.low_bit_head is not None:
+        raise OptionError("--low-bit-head: with --ipex the head has the format of the other layers")
+    require_ipex()
+    if options.low_bit not in (None, *LOW_BIT_FORMATS):
+        raise OptionError(f"--low-bit {options.low_bit}: with --ipex there are {', '.join(LOW_BIT_FORMATS)}")
+
+
+def load_with_ipex(model_path: str, low_bit: str | None, trust_remote_code: bool) -> Any:
     """Load and optimize, in bfloat16 unless `low_bit` says otherwise. Raises EngineError."""
-    if device != "cpu":
-        raise EngineError(f"--ipex: on --device cpu only, not on {device}")
     ipex = require_ipex()
-    if low_bit not in (None, *LOW_BIT_FORMATS):
-        raise EngineError(f"--low-bit {low_bit}: with --ipex there are {', '.join(LOW_BIT_FORMATS)}")
     dtype = torch.float32 if low_bit == "fp32" else torch.bfloat16
     quantization = weights_only(ipex, low_bit) if low_bit in ("sym_int8", "sym_int4") else None
     # Transformers' name for it in the releases that the extension supports.

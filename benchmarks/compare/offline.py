@@ -34,10 +34,11 @@ from benchmarks.machine import describe_machine
 from benchmarks.options import BenchmarkError, add_options
 from ipex_vllm import worker
 from ipex_vllm.engines.engine import Engine
+from ipex_vllm.engines.generation import Generation, RequestError
 from ipex_vllm.errors import EngineError
+from ipex_vllm.machine.facts import MachineFacts
 from ipex_vllm.options import Parser, from_namespace, option
 from ipex_vllm.plan import cpu
-from ipex_vllm.engines.generation import Generation, RequestError
 
 METRICS = ("output_tps", "ttft_s.p50", "tpot_s.p50")
 
@@ -83,8 +84,8 @@ class EngineClient:
 
 async def start_engine(arguments: list[str]) -> Engine:
     """Start the engine that a worker with these arguments would start. Raises OptionError and EngineError."""
-    engine_class, options, args, plan = worker.prepare(cpu.Machine.probe(), arguments, None)
-    return await engine_class.start(options, args, plan)
+    engine_class, _, plan = worker.prepare(MachineFacts.probe(), arguments, None)
+    return await engine_class.start(plan)
 
 
 async def compare(
@@ -148,7 +149,7 @@ def main() -> int:
     if options.rounds < 2:
         raise BenchmarkError("--rounds must be at least 2, or there is no interval")
     # As the worker does it for itself: both sides with the same libraries.
-    cpu.preload_and_reexecute(cpu.Machine.probe())
+    cpu.apply(MachineFacts.probe())
     machine = describe_machine()
     model, flags = Path(options.model_path).resolve(), shlex.split(options.worker)
     writer = PromptWriter(model)

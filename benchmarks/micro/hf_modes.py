@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, Gene
 from benchmarks.load.output import number, print_json_line, print_table
 from benchmarks.machine import describe_machine
 from ipex_vllm.low_bit.hf import quantize_model
+from ipex_vllm.machine.facts import MachineFacts
 from ipex_vllm.plan import cpu
 
 MODES = ("growing cache", "static cache", "static cache, compiled")
@@ -50,7 +51,7 @@ def main() -> int:
     parser.add_argument("--cache", type=int, default=2048, help="tokens that a static cache holds")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    cpu.preload_and_reexecute(cpu.Machine.probe())  # as the worker does
+    cpu.apply(MachineFacts.probe())  # as the worker does
     machine = describe_machine()
     model = AutoModelForCausalLM.from_pretrained(options.model_path, dtype=torch.bfloat16).eval()
     model.generation_config = GenerationConfig(pad_token_id=0)

@@ -25,6 +25,7 @@ import torch
 
 from benchmarks.machine import describe_machine
 from ipex_vllm.low_bit.kernels import w4a8
+from ipex_vllm.machine.facts import MachineFacts
 from ipex_vllm.plan import cpu
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
@@ -196,7 +197,7 @@ def main() -> int:
     parser.add_argument("--rows", default=ROWS, help="numbers of rows, separated by commas")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
-    cpu.preload_and_reexecute(cpu.Machine.probe())  # the libraries that the worker computes with
+    cpu.apply(MachineFacts.probe())  # the libraries that the worker computes with
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     names, machine = available_kernels(), Machine(args.threads)

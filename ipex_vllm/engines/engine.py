@@ -1,17 +1,15 @@
-"""What the server needs of an engine. Imports neither torch nor any engine, so that each can live in its own world."""
+"""What serving and planning need of an engine. Imports no model library: each engine lives in its own world."""
 
 from __future__ import annotations
 
 import abc
 import argparse
 from collections.abc import AsyncGenerator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from ipex_vllm.engines.generation import Delta, Generation, InvalidParameter
-
-if TYPE_CHECKING:
-    from ipex_vllm.options import WorkerOptions
-    from ipex_vllm.plan.cpu import Plan
+from ipex_vllm.options import WorkerOptions
+from ipex_vllm.plan.plan import Demands, Plan, weight_format
 
 
 class Engine(abc.ABC):
@@ -25,9 +23,19 @@ class Engine(abc.ABC):
         """Add the engine's own options to the worker's parser."""
 
     @classmethod
+    def check(cls, options: WorkerOptions, args: argparse.Namespace) -> None:
+        """Raise OptionError for options that this engine cannot serve; `args` are its own."""
+        weight_format(options.low_bit, options.low_bit_head, options.device)
+
+    @classmethod
+    def demands(cls, args: argparse.Namespace) -> Demands:
+        """What the engine's own options ask of the plan."""
+        return Demands()
+
+    @classmethod
     @abc.abstractmethod
-    async def start(cls, options: WorkerOptions, args: argparse.Namespace, plan: Plan) -> Engine:
-        """Load the model. Raises EngineError."""
+    async def start(cls, plan: Plan) -> Engine:
+        """Load the model. Raises EngineError, and OptionError for what only the whole plan shows to be wrong."""
 
     @property
     @abc.abstractmethod

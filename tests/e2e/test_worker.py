@@ -126,7 +126,7 @@ def test_an_xpu_that_is_not_there_is_one_line(model: str) -> None:
 
 
 def test_an_unknown_format_is_one_line(model: str) -> None:
-    line = fails("--model-path", model, "--load-in-low-bit", "sym_int99", "--port", str(free_port()), status=1)
+    line = fails("--model-path", model, "--load-in-low-bit", "sym_int99", "--port", str(free_port()), status=2)
     assert "sym_int99" in line
     assert "sym_int4" in line
 

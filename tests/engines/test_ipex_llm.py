@@ -5,7 +5,7 @@ import argparse
 import pytest
 
 from ipex_vllm.engines.ipex_llm import IpexLlmEngine, choose_low_bit
-from ipex_vllm.errors import EngineError
+from ipex_vllm.errors import EngineError, OptionError
 from ipex_vllm.options import WorkerOptions
 
 
@@ -13,14 +13,13 @@ from ipex_vllm.options import WorkerOptions
     ("low_bit", "expected", "dtype"), [(None, None, "auto"), ("bf16", None, "bfloat16"), ("nf4", "nf4", "auto")]
 )
 def test_low_bit_is_a_dtype_or_a_format(low_bit: str | None, expected: str | None, dtype: str) -> None:
-    args = argparse.Namespace(dtype="auto")
-    assert choose_low_bit(args, WorkerOptions(low_bit=low_bit, device="xpu")) == expected
-    assert args.dtype == dtype
+    IpexLlmEngine.check(WorkerOptions(low_bit=low_bit, device="xpu"), argparse.Namespace(model=None))
+    assert choose_low_bit(low_bit, "auto") == (expected, dtype)
 
 
 def test_a_format_that_does_not_run_there_names_those_that_do() -> None:
-    with pytest.raises(EngineError, match=r"--low-bit nf4: on cpu, --engine ipex-llm has bf16, .*sym_int8$"):
-        choose_low_bit(argparse.Namespace(), WorkerOptions(low_bit="nf4"))
+    with pytest.raises(OptionError, match=r"--low-bit nf4: on cpu, --engine ipex-llm has bf16, .*sym_int8$"):
+        IpexLlmEngine.check(WorkerOptions(low_bit="nf4"), argparse.Namespace(model=None))
 
 
 def test_a_head_of_its_own_format_is_refused() -> None:

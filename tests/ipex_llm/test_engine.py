@@ -4,11 +4,14 @@ import argparse
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from pathlib import Path
 
 from ipex_vllm.demo import MODEL_DIR
 from ipex_vllm.engines.generation import Delta, Generation
 from ipex_vllm.engines.ipex_llm import IpexLlmEngine
+from ipex_vllm.machine.facts import MachineFacts
+from ipex_vllm.machine.model import ModelFacts
 from ipex_vllm.options import WorkerOptions
 from ipex_vllm.plan import cpu
 
@@ -18,8 +21,9 @@ async def start_engine() -> IpexLlmEngine:
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu")
     IpexLlmEngine.add_arguments(parser)
-    plan = cpu.make_plan(cpu.Machine.probe(), options, cpu.ModelFacts.read(options.model_path))
-    return await IpexLlmEngine.start(options, parser.parse_args([]), plan)
+    args = parser.parse_args([])
+    plan = cpu.choose(MachineFacts.probe(), options, ModelFacts.read(options.model_path), IpexLlmEngine.demands(args))
+    return await IpexLlmEngine.start(replace(plan, engine_args=args))
 
 
 async def test_a_closed_stream_aborts_its_request_and_stop_leaves_nothing() -> None:

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from ipex_vllm.errors import EngineError
+from ipex_vllm.errors import EngineError, OptionError
+from ipex_vllm.machine.facts import GIB, MachineFacts
+from ipex_vllm.machine.model import ModelFacts
 from ipex_vllm.options import WorkerOptions
 from ipex_vllm.plan import cpu
-from ipex_vllm.plan.cpu import GIB, Machine, ModelFacts, choose_weights, make_plan, preload_and_reexecute
+from ipex_vllm.plan.cpu import choose_weights
+from ipex_vllm.plan.plan import Demands, Plan, weight_bytes
 
 # (package, core, NUMA node) of each logical CPU.
 Topology = list[tuple[int, int, int]]
@@ -59,8 +62,8 @@ class FakeRoot:
         kib = {"MemTotal": self.total, "MemFree": gib / 2, "MemAvailable": gib}
         self.write("proc/meminfo", "".join(f"{name}:   {int(size * GIB / 1024)} kB\n" for name, size in kib.items()))
 
-    def probe(self, allowed: set[int] | None = None) -> Machine:
-        return Machine.probe(self.path, self.cpu_ids if allowed is None else allowed, prefix=self.path / "venv")
+    def probe(self, allowed: set[int] | None = None) -> MachineFacts:
+        return MachineFacts.probe(self.path, self.cpu_ids if allowed is None else allowed, prefix=self.path / "venv")
 
     def install(self, *names: str) -> None:
         folders = {"libiomp5.so": "venv/lib", "libtcmalloc_minimal.so.4": "usr/lib/x86_64-linux-gnu"}
@@ -110,11 +113,17 @@ MODEL_8B = ModelFacts(16 * GIB, GIB, False, 131_072, 8192)
 TEN_GIB_CACHE = WorkerOptions(kv_cache_gib=10)  # for tests of other decisions
 
 
-def rank_cores(machine: Machine, num_ranks: int = 1, **options: object) -> tuple[tuple[int, ...], ...]:
+def make_plan(
+    machine: MachineFacts, options: WorkerOptions, model: ModelFacts, num_ranks: int = 1, **demands: int
+) -> Plan:
+    return cpu.make_plan(machine, options, model, Demands(num_ranks=num_ranks, **demands))
+
+
+def rank_cores(machine: MachineFacts, num_ranks: int = 1, **options: object) -> tuple[tuple[int, ...], ...]:
     return make_plan(machine, replace(TEN_GIB_CACHE, **options), MODEL_1B, num_ranks).rank_cores
 
 
-def line(plan: cpu.Plan, subject: str) -> str:
+def line(plan: Plan, subject: str) -> str:
     return next(text for text in plan.lines if text.startswith(f"{subject}: "))
 
 
@@ -122,7 +131,7 @@ def line(plan: cpu.Plan, subject: str) -> str:
 
 
 def test_this_machine_can_be_read():
-    machine = Machine.probe()
+    machine = MachineFacts.probe()
     assert {each.id for each in machine.cpus} == os.sched_getaffinity(0)
     assert 0 <= machine.memory_available <= machine.memory_total
     assert machine.memory_total > 0
@@ -291,19 +300,19 @@ def test_cores_can_be_chosen(dual_xeon, chosen, num_ranks, expected):
 
 @pytest.mark.parametrize("wrong", ["", "a", "0-", "-1", "3-1", "0||1", "0;1"])
 def test_a_wrong_list_of_cores_is_one_line(small_box, wrong):
-    with pytest.raises(EngineError, match=r"^--cores .*expected a list such as .*$"):
+    with pytest.raises(OptionError, match=r"^--cores .*expected a list such as .*$"):
         rank_cores(small_box.probe(), cores=wrong)
 
 
 def test_a_core_that_is_not_there_is_named(small_box):
-    with pytest.raises(EngineError, match=r"^--cores 0-2: this process may not use CPU 2; it has 0,1$"):
+    with pytest.raises(OptionError, match=r"^--cores 0-2: this process may not use CPU 2; it has 0,1$"):
         rank_cores(small_box.probe(), cores="0-2")
 
 
 # KV cache
 
 
-def kv_cache(machine: Machine, model: ModelFacts = MODEL_8B, num_ranks: int = 1, **options: object) -> int:
+def kv_cache(machine: MachineFacts, model: ModelFacts = MODEL_8B, num_ranks: int = 1, **options: object) -> int:
     return make_plan(machine, WorkerOptions(**options), model, num_ranks).kv_cache_bytes
 
 
@@ -385,7 +394,7 @@ def test_low_bit_weights_leave_more_for_the_cache(small_box):
 
 
 def test_an_unknown_low_bit_format_is_one_line(small_box):
-    with pytest.raises(EngineError, match=r"^--low-bit: .*'int3'.*sym_int4.*$"):
+    with pytest.raises(OptionError, match=r"^--low-bit: .*'int3'.*sym_int4.*$"):
         kv_cache(small_box.probe(), low_bit="int3")
 
 
@@ -399,7 +408,7 @@ def test_a_model_of_unknown_size_gets_a_modest_cache(small_box, dual_xeon):
 
 @pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_wrong_kv_cache_size_is_one_line(small_box, wrong):
-    with pytest.raises(EngineError, match=r"^--kv-cache-gib must be above 0$"):
+    with pytest.raises(OptionError, match=r"^--kv-cache-gib must be above 0$"):
         kv_cache(small_box.probe(), kv_cache_gib=wrong)
 
 
@@ -479,15 +488,15 @@ def executed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str], str]
 def test_the_process_starts_again_once_with_the_same_arguments(small_box, executed):
     small_box.install("libiomp5.so", "libtcmalloc_minimal.so.4")
     machine = small_box.probe()
-    preload_and_reexecute(machine)
+    cpu.apply(machine)
     arguments = [sys.executable, "-X", "utf8", "-m", "ipex_vllm.worker", "--port", "1"]
     assert executed == [(sys.executable, arguments, f"{machine.tcmalloc}:{machine.iomp}")]
-    preload_and_reexecute(machine)  # what the new process does
+    cpu.apply(machine)  # what the new process does
     assert len(executed) == 1
 
 
 def test_nothing_to_preload_is_no_new_start(small_box, executed):
-    preload_and_reexecute(small_box.probe())
+    cpu.apply(small_box.probe())
     assert executed == []
 
 
@@ -505,7 +514,7 @@ def test_nothing_to_preload_is_no_new_start(small_box, executed):
 def test_the_users_own_preload_stays_and_is_not_doubled(small_box, executed, monkeypatch, theirs, added):
     small_box.install("libiomp5.so", "libtcmalloc_minimal.so.4")
     monkeypatch.setenv("LD_PRELOAD", theirs)
-    preload_and_reexecute(small_box.probe())
+    cpu.apply(small_box.probe())
     if not added:
         assert executed == []
         return
@@ -547,6 +556,30 @@ def test_a_model_directory_tells_its_sizes(tmp_path):
     assert ModelFacts.read(write_model(tmp_path, LLAMA_1B, files)) == ModelFacts(
         500, 2 * 32_000 * 2048, False, 2 * 22 * 4 * 64 * 2, 2048
     )
+
+
+def test_experts_are_counted_as_what_they_are(tmp_path):
+    """A mixture of experts: what no kernel takes in the format stays in 16 bits, and the plan knows."""
+    shapes = {
+        "model.embed_tokens.weight": (1000, 256),
+        "model.layers.0.self_attn.q_proj.weight": (256, 256),
+        "model.layers.0.mlp.experts.0.up_proj.weight": (512, 256),
+        "model.layers.0.mlp.experts.1.up_proj.weight": (512, 256),
+        "lm_head.weight": (1000, 256),
+    }
+    entries, end = {}, 0
+    for name, (outputs, inputs) in shapes.items():
+        start, end = end, end + 2 * outputs * inputs
+        entries[name] = {"dtype": "BF16", "shape": [outputs, inputs], "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(end))
+    model = ModelFacts.read(write_model(tmp_path, LLAMA_1B))
+    assert model.tensors["lm_head.weight"] == ((1000, 256), 2)
+    kept = 2 * 256 * (1000 + 2 * 512)
+    quantized = 256 * 256 * 4.5 / 8 + 1000 * 256 + 4 * 1000  # and the head in 8 bits, a scale for each output
+    assert weight_bytes(model, WorkerOptions(low_bit="sym_int4")) == kept + quantized
+    assert weight_bytes(model.share_of(2), WorkerOptions(low_bit="sym_int4")) == (kept + quantized) // 2
+    assert weight_bytes(model, WorkerOptions(low_bit="fp32")) == 2 * end
 
 
 def test_a_model_may_state_its_head_size_and_share_no_heads(tmp_path):

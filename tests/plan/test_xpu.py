@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from ipex_vllm.engines.vllm import apply_plan
 from ipex_vllm.errors import EngineError
 from ipex_vllm.low_bit import vllm_arguments
 from ipex_vllm.low_bit.formats import FORMATS
@@ -24,23 +25,26 @@ from ipex_vllm.low_bit.kernels import xpu as xpu_kernels
 from ipex_vllm.low_bit.kernels.base import LowBitLinear
 from ipex_vllm.low_bit.linear import choose_kernel, make_linear
 from ipex_vllm.low_bit.quantize import dequantize, quantize
+from ipex_vllm.machine.facts import GIB, MachineFacts
+from ipex_vllm.machine.model import ModelFacts
 from ipex_vllm.options import WorkerOptions
 from ipex_vllm.plan import xpu
-from ipex_vllm.plan.cpu import GIB, Machine, ModelFacts
-from ipex_vllm.plan.xpu import Card, XpuPlan, apply_plan, make_plan
+from ipex_vllm.plan.plan import Demands, Plan
+from ipex_vllm.plan.xpu import Card, Gpus
 
-MACHINE = Machine.probe()
+MACHINE = MachineFacts.probe()
 ARC = Card("Arc B580", memory_total=12 * GIB, memory_free=int(11.5 * GIB))
 MODEL_7B = ModelFacts(weight_bytes=14 * GIB, embedding_bytes=GIB, kv_bytes_per_token=128 << 10, max_position=4096)
 
 
-def plan(*cards: Card, model: ModelFacts = MODEL_7B, num_ranks: int = 1, **options: Any) -> XpuPlan:
+def plan(*cards: Card, model: ModelFacts = MODEL_7B, num_ranks: int = 1, **options: Any) -> Plan:
     environ = options.pop("environ", {})
-    return make_plan(cards, MACHINE, WorkerOptions(device="xpu", **options), model, num_ranks, environ=environ)
+    demands = Demands(num_ranks=num_ranks)
+    return xpu.choose(Gpus(cards, MACHINE), WorkerOptions(device="xpu", **options), model, demands, environ)
 
 
 def test_without_a_gpu_it_says_what_is_missing() -> None:
-    assert xpu.probe() == ()
+    assert xpu.probe(MACHINE).cards == ()
     with pytest.raises(EngineError, match="finds no Intel GPU") as caught:
         plan()
     assert "\n" not in str(caught.value)
@@ -63,8 +67,7 @@ def test_tensor_parallelism_divides_the_model_over_the_cards() -> None:
 def test_vllm_is_given_what_other_programs_leave_free() -> None:
     busy = replace(ARC, memory_free=6 * GIB)
     args = argparse.Namespace(kv_cache_memory_bytes=None, gpu_memory_utilization=0.92, enforce_eager=False)
-    options = WorkerOptions(device="xpu", low_bit="sym_int4", compile=False)
-    apply_plan(args, options, plan(ARC, busy, num_ranks=2, low_bit="sym_int4", compile=False))
+    apply_plan(args, plan(ARC, busy, num_ranks=2, low_bit="sym_int4", compile=False))
     # vLLM refuses to start unless this share of the card's whole memory is free.
     assert args.gpu_memory_utilization * busy.memory_total < busy.memory_free
     assert args.enforce_eager
@@ -73,8 +76,7 @@ def test_vllm_is_given_what_other_programs_leave_free() -> None:
 
 def test_what_the_user_chose_is_kept() -> None:
     args = argparse.Namespace(kv_cache_memory_bytes=None, gpu_memory_utilization=0.5, enforce_eager=True)
-    options = WorkerOptions(device="xpu", kv_cache_gib=2.0)
-    apply_plan(args, options, plan(ARC, kv_cache_gib=2.0))
+    apply_plan(args, plan(ARC, kv_cache_gib=2.0))
     assert vars(args) == {"kv_cache_memory_bytes": 2 * GIB, "gpu_memory_utilization": 0.5, "enforce_eager": True}
 
 

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from ipex_vllm.engines.tokenization import PromptEncoder
-from ipex_vllm.errors import EngineError
+from ipex_vllm.errors import OptionError
 from ipex_vllm.serving.conversation import (
     PROMPT_TEMPLATES,
     ChatFormat,
@@ -461,7 +461,7 @@ def test_the_template_that_was_asked_for_wins_over_all(tokenizer):
 
 @pytest.mark.parametrize("wrong", ["vicuna", "chatgpt"], ids=["unknown", "a chat service"])
 def test_a_wrong_template_name_is_one_line_with_the_right_ones(wrong):
-    with pytest.raises(EngineError) as error:
+    with pytest.raises(OptionError) as error:
         choose_chat_format(PLAIN_TOKENIZER, "zephyr-7b", wrong)
     assert f"--conv-template {wrong}:" in str(error.value)
     assert "vicuna_v1.1" in str(error.value)

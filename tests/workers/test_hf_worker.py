@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ import torch
 
 from ipex_vllm.demo import MODEL_DIR
 from ipex_vllm.engines.generation import Generation
-from ipex_vllm.errors import EngineError
+from ipex_vllm.errors import OneLine, OptionError
 from ipex_vllm.low_bit.hf import HfLowBitLinear
 from ipex_vllm.low_bit.kernels.base import LowBitLinear
+from ipex_vllm.machine.facts import MachineFacts
+from ipex_vllm.machine.model import ModelFacts
 from ipex_vllm.options import WorkerOptions
 from ipex_vllm.plan import cpu
 from tests.processes import Server, eventually
@@ -48,8 +51,9 @@ def start(model: Path = MODEL_DIR, **options: Any) -> HfEngine:
     parser = argparse.ArgumentParser()
     HfEngine.add_arguments(parser)
     args = parser.parse_args([], argparse.Namespace(**arguments))
-    plan = cpu.make_plan(cpu.Machine.probe(), worker_options, cpu.ModelFacts.read(str(model)))
-    return asyncio.run(HfEngine.start(worker_options, args, plan))
+    HfEngine.check(worker_options, args)
+    plan = cpu.choose(MachineFacts.probe(), worker_options, ModelFacts.read(str(model)), HfEngine.demands(args))
+    return asyncio.run(HfEngine.start(replace(plan, engine_args=args)))
 
 
 @pytest.fixture(scope="module")
@@ -450,14 +454,14 @@ def test_the_thread_computes_on_the_plans_cores_only() -> None:
     ],
 )
 def test_what_cannot_start_says_why_in_one_line(options: dict[str, Any], says: str) -> None:
-    with pytest.raises(EngineError, match=says) as caught:
+    with pytest.raises(OneLine, match=says) as caught:
         start(**options)
     assert "\n" not in str(caught.value)
 
 
 def test_a_format_that_the_extension_lacks_names_those_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf_ipex, "require_ipex", lambda: None)
-    with pytest.raises(EngineError, match=r"asym_int4: with --ipex there are bf16, fp32, sym_int8, sym_int4$"):
+    with pytest.raises(OptionError, match=r"asym_int4: with --ipex there are bf16, fp32, sym_int8, sym_int4$"):
         start(ipex=True, low_bit="asym_int4")
 
 

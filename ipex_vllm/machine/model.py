@@ -1,0 +1,91 @@
+"""What a model directory tells before it is loaded. Standard library only."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model directory tells before it is loaded; None where it does not (a name to be fetched, say).
+
+    Attributes:
+        weight_bytes: the checkpoint's size.
+        embedding_bytes: the share of it that stays as it is when the rest is quantized.
+        is_quantized: the checkpoint holds quantized weights, which are loaded as they are.
+        kv_bytes_per_token: keys and values of all layers, in 16 bits.
+        max_position: the longest context that the model was made for, in tokens.
+        tensors: of each tensor, its shape and the bytes of an element; empty where no safetensors header says.
+        is_tied: the output head is the embedding.
+        num_hosts: the sizes above are for one of so many hosts, `tensors` is for all.
+    """
+
+    weight_bytes: int | None = None
+    embedding_bytes: int = 0
+    is_quantized: bool = False
+    kv_bytes_per_token: int | None = None
+    max_position: int | None = None
+    tensors: Mapping[str, tuple[tuple[int, ...], int]] = field(default_factory=dict)
+    is_tied: bool = False
+    num_hosts: int = 1
+
+    @classmethod
+    def read(cls, model_path: str) -> ModelFacts:
+        folder = Path(model_path)
+        try:
+            config = json.loads((folder / "config.json").read_text())
+        except (OSError, ValueError):
+            return cls()
+        # Some repositories hold the weights twice, under the second name as well.
+        patterns = ("model*.safetensors", "*.safetensors", "pytorch_model*.bin")
+        files = next((files for pattern in patterns if (files := list(folder.glob(pattern)))), [])
+        hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+        kv_heads = config.get("num_key_value_heads") or heads
+        head_dim = config.get("head_dim") or (hidden // heads if hidden and heads else None)
+        layers = config.get("num_hidden_layers")
+        tensors = read_headers(files)
+        is_plain = all(isinstance(value, int) for value in (layers, kv_heads, head_dim))
+        return cls(
+            weight_bytes=sum(file.stat().st_size for file in files) or None,
+            embedding_bytes=2 * config.get("vocab_size", 0) * (hidden or 0),
+            is_quantized="quantization_config" in config,
+            kv_bytes_per_token=2 * layers * kv_heads * head_dim * 2 if is_plain else None,
+            max_position=config.get("max_position_embeddings"),
+            tensors=tensors,
+            is_tied=bool(config.get("tie_word_embeddings", bool(tensors) and "lm_head.weight" not in tensors)),
+        )
+
+    def share_of(self, num_hosts: int) -> ModelFacts:
+        """What one of the hosts holds, when they divide the model among them."""
+        return replace(
+            self,
+            weight_bytes=self.weight_bytes and self.weight_bytes // num_hosts,
+            embedding_bytes=self.embedding_bytes // num_hosts,
+            kv_bytes_per_token=self.kv_bytes_per_token and self.kv_bytes_per_token // num_hosts,
+            num_hosts=num_hosts,
+        )
+
+
+def read_headers(files: Iterable[Path]) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Shape and bytes of an element of every tensor in some safetensors files; nothing if one of them is none.
+
+    Format: https://github.com/huggingface/safetensors#format
+    """
+    tensors = {}
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(length)) if length < path.stat().st_size else {}
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    start, end = entry["data_offsets"]
+                    tensors[name] = tuple(entry["shape"]), (end - start) // max(math.prod(entry["shape"]), 1)
+        except (OSError, ValueError, KeyError, TypeError, struct.error):
+            return {}
+    return tensors

@@ -1,0 +1,94 @@
+"""The settings of one worker, every choice made: the one object that an engine starts with."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field
+
+from ipex_vllm.errors import OptionError
+from ipex_vllm.low_bit import choose_format
+from ipex_vllm.low_bit.formats import Format
+from ipex_vllm.low_bit.sizes import loaded_bytes
+from ipex_vllm.machine.model import ModelFacts
+from ipex_vllm.options import Device, WorkerOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demands:
+    """What an engine's own options ask of the plan.
+
+    Attributes:
+        num_ranks: this host's processes of tensor and pipeline parallelism.
+        num_hosts: hosts that divide the model among them.
+        num_stages: the pipeline's length, over all hosts.
+        dtype: what the user told the engine itself to compute in, by PyTorch's name; None leaves it open.
+        max_model_len: the context that the user asked for, in tokens; None for the model's own.
+    """
+
+    num_ranks: int = 1
+    num_hosts: int = 1
+    num_stages: int = 1
+    dtype: str | None = None
+    max_model_len: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The settings, each choice with its reason in `lines`.
+
+    Attributes:
+        model_path: directory or Hugging Face name.
+        names: names that clients may use.
+        low_bit: format of the weights, as chosen by the user or for this machine; None for the checkpoint's own.
+        low_bit_head: the output head's, where the user chose one.
+        rank_cores: for each rank of tensor and pipeline parallelism, the logical CPUs that compute.
+        kv_cache_bytes: KV cache of one rank.
+        is_kv_cache_estimated: the engine measures what is left for the KV cache, once the model is loaded.
+        use_compile: torch.compile the model, or run it eagerly.
+        memory_share: the share of a GPU's whole memory that the engine may fill; None without GPUs.
+        engine_args: the engine's own options, under its own names.
+    """
+
+    model_path: str
+    names: tuple[str, ...]
+    device: Device
+    low_bit: str | None
+    low_bit_head: str | None = None
+    rank_cores: tuple[tuple[int, ...], ...]
+    kv_cache_bytes: int
+    use_compile: bool
+    is_kv_cache_estimated: bool = False
+    memory_share: float | None = None
+    lines: tuple[str, ...] = ()
+    engine_args: argparse.Namespace = field(default_factory=argparse.Namespace)
+
+
+def weight_format(low_bit: str | None, head: str | None = None, device: Device = "cpu") -> Format | None:
+    """The row of the format table that --low-bit names. Raises OptionError for a wrong name here or for the head."""
+    try:
+        return choose_format(low_bit, head, device)
+    except ValueError as error:
+        raise OptionError(f"--low-bit: {error}") from error
+
+
+def weight_bytes(model: ModelFacts, options: WorkerOptions) -> int | None:
+    """Memory that a host's weights take once loaded, over all its ranks; None for a model that is not here yet.
+
+    Raises OptionError for an unknown format.
+    """
+    format = weight_format(options.low_bit, options.low_bit_head)
+    if model.weight_bytes is None or format is None or model.is_quantized:
+        return model.weight_bytes
+    if model.tensors:
+        # ipex-llm's engine has formats on GPUs that vLLM has no kernel for.
+        device = options.device if format.runs_on_xpu else "cpu"
+        whole = loaded_bytes(
+            model.tensors, format.name, head=options.low_bit_head, device=device, is_tied=model.is_tied
+        )
+        return whole // model.num_hosts
+    if format.kind == "dtype":
+        return model.weight_bytes * format.bits // 16
+    # Codes of 5 and 6 bits take a byte; scales and minima at most a sixteenth of one for each weight.
+    bits = 4.5 if format.bits == 4 else 8.5
+    quantized = max(model.weight_bytes - model.embedding_bytes, 0)
+    return model.weight_bytes - quantized + int(quantized * bits / 16)
