@@ -80,11 +80,7 @@ class VllmEngine(Engine):
         args = argparse.Namespace(**vars(plan.engine_args))
         args.model = plan.model_path
         args.served_model_name = list(plan.names)
-        weights = vllm_arguments(plan.low_bit, plan.model_path, plan.device, plan.low_bit_head)
-        # What the user tells vLLM's plugins stays, beside our wishes.
-        args.additional_config = {**args.additional_config, **weights.pop("additional_config", {})}
-        for name, value in weights.items():
-            setattr(args, name, value)
+        apply_low_bit(args, plan)
         apply_plan(args, plan)
         if plan.device == "cpu":
             prepare_cpu_process(args, plan)
@@ -147,6 +143,15 @@ def follow(engine_args: Any) -> NoReturn:
     logger.info("ready: host %d of %d, for %s", engine_args.node_rank, engine_args.nnodes, engine_args.master_addr)
     executor.start_worker_monitor(inline=True)
     raise EngineError("a process of this host has ended; its own log lines above say why")
+
+
+def apply_low_bit(args: argparse.Namespace, plan: Plan) -> None:
+    """Turn the weights' format into vLLM's own arguments."""
+    chosen = vllm_arguments(plan.low_bit, plan.model_path, plan.device, plan.low_bit_head)
+    # What the user tells vLLM's plugins stays, beside our wishes.
+    args.additional_config = {**args.additional_config, **chosen.pop("additional_config", {})}
+    for name, value in chosen.items():
+        setattr(args, name, value)
 
 
 def apply_plan(args: argparse.Namespace, plan: Plan) -> None:

@@ -32,7 +32,7 @@ class ModelFacts:
     max_position: int | None = None
     tensors: Mapping[str, tuple[tuple[int, ...], int]] = field(default_factory=dict)
     is_tied: bool = False
-    num_hosts: int = 1
+    num_hosts: int = field(default=1, compare=False)
 
     @classmethod
     def read(cls, model_path: str) -> ModelFacts:

@@ -23,8 +23,9 @@ def test_a_format_that_does_not_run_there_names_those_that_do() -> None:
 
 
 def test_a_head_of_its_own_format_is_refused() -> None:
-    with pytest.raises(EngineError, match="--low-bit-head: with --engine ipex-llm"):
-        choose_low_bit(argparse.Namespace(), WorkerOptions(low_bit="sym_int4", low_bit_head="sym_int8"))
+    options = WorkerOptions(low_bit="sym_int4", low_bit_head="sym_int8")
+    with pytest.raises(OptionError, match="--low-bit-head: with --engine ipex-llm"):
+        IpexLlmEngine.check(options, argparse.Namespace(model=None))
 
 
 def test_without_ipex_llm_one_line_names_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,15 +6,21 @@ import pytest
 
 from ipex_vllm.demo import resolve_model_path
 from ipex_vllm.engines.vllm import VllmEngine, apply_low_bit
-from ipex_vllm.errors import EngineError
+from ipex_vllm.errors import OptionError
+from ipex_vllm.machine.facts import MachineFacts
+from ipex_vllm.machine.model import ModelFacts
 from ipex_vllm.options import WorkerOptions
+from ipex_vllm.plan import cpu
+from ipex_vllm.plan.plan import Demands
 
 
 def low_bit_arguments(*flags: str, **options: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     VllmEngine.add_arguments(parser)
     args = parser.parse_args(flags)
-    apply_low_bit(args, WorkerOptions(model_path=str(resolve_model_path("demo")), **options))
+    worker_options = WorkerOptions(model_path=resolve_model_path("demo"), kv_cache_gib=1.0, **options)
+    VllmEngine.check(worker_options, args)
+    apply_low_bit(args, cpu.make_plan(MachineFacts.probe(), worker_options, ModelFacts(), Demands()))
     return args
 
 
@@ -26,5 +32,5 @@ def test_the_heads_format_goes_to_vllm_beside_what_the_user_tells_its_plugins() 
 
 
 def test_a_head_beside_weights_that_stay_is_refused_in_one_line() -> None:
-    with pytest.raises(EngineError, match="--low-bit: a format for the output head"):
+    with pytest.raises(OptionError, match="--low-bit: a format for the output head"):
         low_bit_arguments(low_bit_head="none")
