@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 from rich.console import Console
 
-from ipex_vllm.errors import OptionError
+from ipex_vllm.errors import OneLine, run_main
 from ipex_vllm.options import Parser, add_options, from_namespace, layered_arguments, option
 from ipex_vllm.serving.conversation import render_conversation
 
@@ -56,8 +56,8 @@ class Sampling:
     frequency_penalty: float = option("against tokens by how often they occurred", 0.0)
 
 
-class ChatError(Exception):
-    """What went wrong, in one line for the user."""
+class ChatError(OneLine):
+    """What went wrong."""
 
 
 class Backend(ABC):
@@ -269,26 +269,26 @@ class Chat:
         self._console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Chat until the input ends; exit with 1 when there is nobody to chat with."""
+def run(arguments: Sequence[str]) -> None:
+    """Chat until the input ends. Raises OptionError, and ChatError when there is nobody to chat with."""
     parser = Parser(prog="python -m ipex_vllm.chat", allow_abbrev=False)
     add_options(parser, ChatOptions)
     add_options(parser, Sampling)
+    args = parser.parse_args(layered_arguments(parser, arguments))
+    options: ChatOptions = from_namespace(ChatOptions, args)
+    headers = {"Authorization": f"Bearer {options.api_token}"} if options.api_token else {}
+    url = options.url.rstrip("/").removesuffix("/v1")
+    # An answer may take as long as it takes: Ctrl-C is at hand. Workers are near: no proxy.
+    timeout = httpx.Timeout(CONNECT_TIMEOUT_S, read=None)
     try:
-        args = parser.parse_args(layered_arguments(parser, sys.argv[1:] if arguments is None else arguments))
-        options: ChatOptions = from_namespace(ChatOptions, args)
-        headers = {"Authorization": f"Bearer {options.api_token}"} if options.api_token else {}
-        url = options.url.rstrip("/").removesuffix("/v1")
-        # An answer may take as long as it takes: Ctrl-C is at hand. Workers are near: no proxy.
-        timeout = httpx.Timeout(CONNECT_TIMEOUT_S, read=None)
         with httpx.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False) as client:
             Chat(connect(client), options, from_namespace(Sampling, args), Console()).run()
-    except OptionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except (ChatError, httpx.HTTPError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(1)
+        raise ChatError(one_line(error)) from error
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    run_main(lambda: run(sys.argv[1:] if arguments is None else arguments))
 
 
 def one_line(error: Exception) -> str:

@@ -1,8 +1,10 @@
 """How a program of ours ends when it cannot do what it was asked: one line on stderr, and an exit status.
 
-OneLine
-├── OptionError  2  an option is wrong; nothing was started
-└── EngineError  1  the engine cannot start, or has ended
+OneLine            1
+├── OptionError    2  an option is wrong; nothing was started
+├── EngineError    1  the engine cannot start, or has ended
+├── ServiceFailed  1  a program of the whole service does not start (supervisor.py)
+└── ChatError      1  there is nobody to chat with (chat.py)
 """
 
 from __future__ import annotations

@@ -34,6 +34,12 @@ def option(help: str, default: Any = MISSING, *, aliases: Sequence[str] = (), se
     return field(default=default, repr=not secret, metadata={"help": help, "aliases": tuple(aliases)})
 
 
+def same_option(cls: Any, name: str) -> Any:
+    """The flag `name` of the options dataclass `cls`, in another one: default, help and aliases are written once."""
+    (entry,) = (entry for entry in fields(cls) if entry.name == name)
+    return field(default=entry.default, repr=entry.repr, metadata=entry.metadata)
+
+
 @dataclass(frozen=True, kw_only=True)
 class WorkerOptions:
     """Where a worker listens, what it serves and how much it takes on."""

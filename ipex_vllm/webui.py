@@ -7,16 +7,17 @@ finds that environment, looks whether the service is there, and turns into the w
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import httpx
 
-from ipex_vllm.errors import OptionError
+from ipex_vllm.errors import OptionError, run_main
 from ipex_vllm.options import Parser, add_options, from_namespace, layered_arguments, option
+from ipex_vllm.ports import check_port
 
 ROOT = Path(__file__).parents[1]
 SERVER = Path(__file__).with_name("webui_server.py")
@@ -43,11 +44,10 @@ class WebOptions:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Turn this process into the web server."""
-    try:
-        command = prepare(sys.argv[1:] if arguments is None else arguments)
-    except OptionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(lambda: become(prepare(sys.argv[1:] if arguments is None else arguments)))
+
+
+def become(command: list[str]) -> NoReturn:
     os.execve(command[0], command, {**os.environ, **ENVIRONMENT})
 
 
@@ -92,15 +92,6 @@ def check_controller(url: str) -> None:
             f"no controller answers at {url} ({error}): start one with `python -m fastchat.serve.controller`, "
             "or name another with --controller-url"
         ) from error
-
-
-def check_port(host: str, port: int) -> None:
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind((host, port))
-    except (OSError, OverflowError) as error:
-        raise OptionError(f"cannot listen on {host}:{port}: {error}; choose another with --port") from error
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def test_the_command_reports_a_mistake_in_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ipex_vllm.low_bit", "save", "--model-path", "/no/such", "--low-bit", "sym_int4"]
     result = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True)
     assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith("cannot read the configuration of /no/such")
+    assert result.stderr.splitlines()[-1].startswith("error: cannot read the configuration of /no/such")
 
 
 def test_arguments_for_a_checkpoint_in_full_precision(model: Path) -> None:

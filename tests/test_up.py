@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from ipex_vllm.errors import OptionError
-from ipex_vllm.up import Service, ServiceFailed, Supervisor, make_services, read_options, up, welcome
+from ipex_vllm.supervisor import Service, ServiceFailed, Supervisor
+from ipex_vllm.up import make_services, read_options, up, welcome
 from tests.support import FakeEngine, free_port, make_server, serving
 
 
@@ -43,7 +44,9 @@ async def test_a_port_in_use_is_one_line_and_starts_nothing() -> None:
         options, workers = read_options(["--api-port", port, "--controller-port", str(free_port()), "--no-web"])
         out = console()
         assert await up(options, workers, out) == 1
-    assert printed(out).splitlines() == [f"error: port {port} is in use; choose another one with --api-port"]
+    assert printed(out).splitlines() == [
+        f"error: cannot listen on 127.0.0.1:{port}: Address already in use; choose another one with --api-port"
+    ]
 
 
 async def test_a_child_that_dies_before_it_is_ready_is_told_with_its_last_words() -> None:

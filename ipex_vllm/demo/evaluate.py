@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ipex_vllm.demo import resolve_model_path
+from ipex_vllm.engines.vllm_offline import greedy_texts, log_likelihood, open_llm
 
 EVALUATION_FILE = Path(__file__).parent / "evaluation.jsonl"
 MAX_NEW_TOKENS = 160
@@ -116,28 +117,16 @@ def perplexity(model: Any, tokenizer: Any, examples: Sequence[Example], batch_si
 
 def vllm_answers(llm: Any, examples: Sequence[Example]) -> list[str]:
     """Greedy answers of a `vllm.LLM`, in the order of the examples."""
-    from vllm import SamplingParams
-
-    greedy = SamplingParams(temperature=0.0, max_tokens=MAX_NEW_TOKENS)
     tokenizer = llm.get_tokenizer()
-    prompts = [{"prompt_token_ids": _ids(tokenizer, _prompt(tokenizer, example))} for example in examples]
-    return [output.outputs[0].text for output in llm.generate(prompts, greedy, use_tqdm=False)]
+    prompts = [_ids(tokenizer, _prompt(tokenizer, example)) for example in examples]
+    return greedy_texts(llm, prompts, MAX_NEW_TOKENS)
 
 
 def vllm_perplexity(llm: Any, examples: Sequence[Example]) -> float:
     """The same figure as `perplexity`, from the prompt log-probabilities of a `vllm.LLM`."""
-    from vllm import SamplingParams
-
     tokenizer = llm.get_tokenizer()
     pairs = [prompt_and_answer_ids(tokenizer, example) for example in examples]
-    prompts = [{"prompt_token_ids": prompt + answer} for prompt, answer in pairs]
-    outputs = llm.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
-    total, count = 0.0, 0
-    for (_, answer), output in zip(pairs, outputs, strict=True):
-        for token, logprobs in zip(answer, output.prompt_logprobs[-len(answer) :], strict=True):
-            total -= logprobs[token].logprob
-        count += len(answer)
-    return math.exp(total / count)
+    return math.exp(-log_likelihood(llm, pairs) / sum(len(answer) for _, answer in pairs))
 
 
 def open_transformers(model_path: str, **kwargs: Any) -> tuple[Any, Any]:
@@ -146,14 +135,6 @@ def open_transformers(model_path: str, **kwargs: Any) -> tuple[Any, Any]:
 
     model = AutoModelForCausalLM.from_pretrained(model_path, **kwargs)
     return model.eval(), AutoTokenizer.from_pretrained(model_path)
-
-
-def open_vllm(model_path: str, **kwargs: Any) -> Any:
-    """A `vllm.LLM` with settings for a tiny model on few cores; the keyword arguments are vLLM's own and win."""
-    from vllm import LLM
-
-    settings = {"max_model_len": 2048, "enforce_eager": True, "kv_cache_memory_bytes": 1 << 28, "max_num_seqs": 64}
-    return LLM(model=model_path, **{**settings, **kwargs})
 
 
 def _batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
@@ -187,7 +168,7 @@ def main() -> None:
     held_out = [example for example in examples if example.section == "held_out"]
     began = time.perf_counter()
     if options.engine == "vllm":
-        llm = open_vllm(model_path)
+        llm = open_llm(model_path)
         answers = vllm_answers(llm, examples)
         perplexity_held_out = vllm_perplexity(llm, held_out)
     else:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 
+from ipex_vllm.errors import OneLine, OptionError, run_main
 from ipex_vllm.low_bit.formats import FORMATS, resolve
+from ipex_vllm.options import Parser
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m ipex_vllm.low_bit", description="Low-bit checkpoints.")
+def run() -> None:
+    """Raises OptionError, and OneLine for a checkpoint that cannot be read or written."""
+    parser = Parser(prog="python -m ipex_vllm.low_bit", description="Low-bit checkpoints.")
     commands = parser.add_subparsers(required=True)
     save = commands.add_parser("save", help="quantize a checkpoint once, to open it later without quantizing")
     save.add_argument("--model-path", required=True, help="directory or Hugging Face name of the model to quantize")
@@ -20,17 +21,18 @@ def main() -> int:
     save.add_argument("--group-size", type=int, help="inputs that share a scale; default: the format's own number")
     options = parser.parse_args()
 
+    try:
+        format = resolve(options.low_bit)
+    except ValueError as error:
+        raise OptionError(f"--low-bit: {error}") from error
+
     from ipex_vllm.low_bit.save import save as save_checkpoint
 
     try:
-        save_checkpoint(
-            options.model_path, resolve(options.low_bit), options.out, options.low_bit_head, options.group_size
-        )
+        save_checkpoint(options.model_path, format, options.out, options.low_bit_head, options.group_size)
     except ValueError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+        raise OneLine(str(error)) from error
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(run)
