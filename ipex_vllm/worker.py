@@ -24,7 +24,7 @@ import uvicorn
 from ipex_vllm import ports
 from ipex_vllm.demo import resolve_model_path
 from ipex_vllm.engines.engine import Engine
-from ipex_vllm.engines.generation import Generation
+from ipex_vllm.engines.generation import Generation, RequestError
 from ipex_vllm.engines.load import ENGINES, EngineLoader
 from ipex_vllm.errors import EngineError, root_cause, run_main
 from ipex_vllm.lifetime import die_with_parent
@@ -178,11 +178,17 @@ async def serve(engine_class: type[Engine], options: WorkerOptions, plan: Plan, 
 
 
 async def warm_up(engine: Engine) -> None:
-    """Generate once: an engine compiles some of its code at the first request, and no client should wait for that."""
+    """Generate once: an engine compiles some of its code at the first request, and no client should wait for that.
+
+    Raises EngineError when it cannot.
+    """
     generation = Generation("Hello", max_new_tokens=4, seed=0, ignore_eos=True)
-    async with contextlib.aclosing(engine.stream(generation, "warm-up")) as deltas:
-        async for _ in deltas:
-            pass
+    try:
+        async with contextlib.aclosing(engine.stream(generation, "warm-up")) as deltas:
+            async for _ in deltas:
+                pass
+    except RequestError as error:
+        raise EngineError(f"the engine failed at its first request: {root_cause(error)}") from error
 
 
 async def first_reason_to_stop(engine: Engine) -> str | None:
