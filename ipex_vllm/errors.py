@@ -4,7 +4,7 @@ OneLine            1
 ├── OptionError    2  an option is wrong; nothing was started
 ├── EngineError    1  the engine cannot start, or has ended
 ├── ServiceFailed  1  a program of the whole service does not start (supervisor.py)
-└── ChatError      1  there is nobody to chat with (chat.py)
+└── ChatError      1  there is nobody to chat with (chat_servers.py)
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from ipex_vllm import worker
-from ipex_vllm.errors import OptionError
+from ipex_vllm.errors import EngineError, OptionError
 from ipex_vllm.options import Parser, WorkerOptions, add_options, from_namespace, layered_arguments, option
 
 Layers = dict[str, Any]
@@ -314,6 +314,19 @@ def test_a_template_that_fastchat_does_not_know_is_told_before_the_model_loads(t
     arguments = ["--no-preload", "--conv-template", "vicunna", "--model-path", str(tmp_path)]
     with pytest.raises(OptionError, match=r"--conv-template vicunna: FastChat knows .*vicuna_v1.1"):
         worker.run(arguments, None)
+
+
+def test_a_model_library_that_is_not_installed_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+
+    def load():
+        import no_such_model_library
+
+        return no_such_model_library.Engine
+
+    with pytest.raises(EngineError, match=r"No module named 'no_such_model_library'; docs/engines.md") as error:
+        worker.run(["--no-preload", "--model-path", str(tmp_path)], load)
+    assert "\n" not in str(error.value)
 
 
 def test_a_secret_is_not_in_the_options_repr():

@@ -1,6 +1,5 @@
 """The worker's endpoints over a fake engine, through a real HTTP server. Each test names a promise to clients."""
 
-import asyncio
 import base64
 import itertools
 import logging
@@ -16,7 +15,6 @@ import httpx
 import pytest
 
 from ipex_vllm.engines.generation import InternalError
-from ipex_vllm.serving.core import Slots
 from tests.support import FakeEngine, generate, make_server, raw_post, serving, split_frames, stream
 
 
@@ -238,17 +236,6 @@ def test_metrics_count_what_happened() -> None:
     assert 'ipex_vllm_errors_total{error_code="40302"} 1.0' in text
     assert "ipex_vllm_completion_tokens_total 2.0" in text
     assert "ipex_vllm_slots_in_use 0.0" in text
-
-
-async def test_slots_are_given_back_whatever_ends_the_work() -> None:
-    slots = Slots(1, 1)
-    for error in (ValueError, asyncio.CancelledError, GeneratorExit):
-        with pytest.raises(error):
-            async with slots.take():
-                raise error
-    assert slots.queue_length == 0
-    async with slots.take():
-        assert slots.queue_length == 1
 
 
 def read_slowly(connection: socket.socket) -> bytes:
