@@ -33,8 +33,7 @@ from benchmarks.compare.findings import (
 )
 from benchmarks.compare.running import RunningSystem, split_cores
 from benchmarks.compare.spec import Spec, SystemSpec
-from benchmarks.compare.systems import launch
-from benchmarks.compare.systems.base import ROOT, Absent, Launch
+from benchmarks.compare.systems import ROOT, Absent, Launch, launch
 from benchmarks.load.generate import WAKE_UP, WARM_UP_SEED, LoadOptions, Work, make_work
 from benchmarks.load.measure import Run, Target, bound_of, measure
 from benchmarks.load.output import print_json_line, print_table
@@ -131,7 +130,7 @@ class Comparison:
 
     def _launch(self, system: SystemSpec, position: int) -> Launch:
         port = self.spec.port + PORTS_PER_SYSTEM * position
-        return launch(system.system, self.model, port, shlex.split(system.flags))
+        return launch(system.system, self.model, port, shlex.split(system.flags), system.format)
 
     def _system(self, name: str) -> RunningSystem:
         """The system, not yet started. TWIN is the baseline under another name and port."""

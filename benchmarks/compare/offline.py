@@ -22,8 +22,7 @@ import psutil
 
 from benchmarks.compare.running import RunningSystem, signal_all
 from benchmarks.compare.statistics import paired_ratio
-from benchmarks.compare.systems import launch
-from benchmarks.compare.systems.base import ROOT
+from benchmarks.compare.systems import ROOT, launch
 from benchmarks.load.client import Event, record
 from benchmarks.load.generate import WAKE_UP, WARM_UP_SEED, LoadOptions, make_work
 from benchmarks.load.measure import Run, Target, measure, measure_client

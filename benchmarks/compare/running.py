@@ -17,7 +17,7 @@ from types import TracebackType
 
 import psutil
 
-from benchmarks.compare.systems.base import ROOT, Command, Launch
+from benchmarks.compare.systems import ROOT, Command, Launch
 from benchmarks.load.client import only_model
 from benchmarks.options import BenchmarkError
 

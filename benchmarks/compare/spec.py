@@ -21,7 +21,7 @@ class SystemSpec:
     """A system to compare."""
 
     system: str = option("a name from benchmarks.compare.systems")
-    format: str = option("its weights, for the roofline: a name from benchmarks.micro.bound.FORMATS")
+    format: str = option("its weights, for the system and the roofline: a name from benchmarks.micro.bound.FORMATS")
     flags: str = option("more of its command line, quoted as in a shell", "")
     env: dict[str, Any] = field(default_factory=dict, metadata={"help": "environment variables"})
 

@@ -7,8 +7,7 @@ import pytest
 import yaml
 
 from benchmarks.compare.spec import Spec
-from benchmarks.compare.systems import launch, system_names
-from benchmarks.compare.systems.base import Absent
+from benchmarks.compare.systems import SYSTEMS, Absent, launch
 from benchmarks.load.generate import LoadOptions, make_work
 from benchmarks.load.workload import PromptWriter
 from benchmarks.options import BenchmarkError
@@ -86,13 +85,15 @@ def test_the_project_s_own_specs_are_good(path: Path, writer: PromptWriter, tmp_
     for options in spec.workloads.values():
         make_work(options, writer)
     for system in spec.systems.values():
-        assert system.system in system_names()
+        assert system.system in SYSTEMS
 
 
 def test_systems_say_how_they_are_started(model: Path) -> None:
     ours = launch("ipex_vllm_worker", model, 7000, ["--low-bit", "sym_int4"])
     assert (ours.url, ours.protocol, ours.model) == ("http://127.0.0.1:7000", "fastchat", model.name)
     assert "--low-bit" in ours.commands[0].argv
+    told = launch("ipex_vllm_worker", model, 7000, ["--no-compile"], "sym_int4")
+    assert told.commands[0].argv[-3:] == ["--low-bit", "sym_int4", "--no-compile"]
     chain = launch("fastchat_chain", model, 7000, [])
     assert len(chain.commands) == 3
     assert (chain.url, chain.protocol) == ("http://127.0.0.1:7000", "openai")

@@ -22,7 +22,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
-CACHE = Path(__file__).parents[3] / ".cache" / "openvino"
+CACHE = Path(__file__).parents[2] / ".cache" / "openvino"
 FINISH_REASONS = {"STOP": "stop", "LENGTH": "length"}
 
 
