@@ -8,6 +8,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 CSRC = Path("ipex_vllm/low_bit/csrc")
 
@@ -17,12 +18,20 @@ FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 FLAGS += [f"-I{CSRC}"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl"]
+AMX = ["-mamx-tile", "-mamx-int8"]
 # Each file is compiled for the machine that its kernel is for; which one runs is decided at run time.
 SOURCES = {
+    CSRC / "common/cpu.cpp": [],
     CSRC / "w4a8/w4a8.cpp": [],
     CSRC / "w4a8/avx2.cpp": AVX2,
     CSRC / "w4a8/avx_vnni.cpp": [*AVX2, "-mavxvnni"],
     CSRC / "w4a8/avx512_vnni.cpp": [*AVX512, "-mavx512vnni"],
+    CSRC / "w4a8/amx.cpp": [*AVX512, "-mavx512vnni", *AMX],
+    CSRC / "w8a8/w8a8.cpp": [],
+    CSRC / "w8a8/avx2.cpp": AVX2,
+    CSRC / "w8a8/avx_vnni.cpp": [*AVX2, "-mavxvnni"],
+    CSRC / "w8a8/avx512_vnni.cpp": [*AVX512, "-mavx512vnni"],
+    CSRC / "w8a8/amx.cpp": [*AVX512, "-mavx512vnni", *AMX],
     CSRC / "w8a16/w8a16.cpp": [],
     CSRC / "w8a16/avx2.cpp": AVX2,
     CSRC / "w8a16/avx512.cpp": AVX512,
@@ -40,9 +49,18 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         objects = []
         for source, flags in SOURCES.items():
-            objects += self.compiler.compile([str(source)], self.build_temp, extra_postargs=FLAGS + flags)
+            try:
+                objects += self._compile(source, flags)
+            except CompileError:
+                if not set(AMX) & set(flags):
+                    raise
+                # A compiler older than AMX (GCC 10): these files then only say that there is no such kernel.
+                objects += self._compile(source, [flag for flag in flags if flag not in AMX])
         # No -fopenmp here: the library has to use the OpenMP runtime that torch brings, not one of its own.
         self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name), target_lang="c++")
+
+    def _compile(self, source: Path, flags: list[str]) -> list[str]:
+        return self.compiler.compile([str(source)], self.build_temp, extra_postargs=FLAGS + flags)
 
 
 kernels = Extension(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ipex_vllm.low_bit.formats import FORMATS, Format
-from ipex_vllm.low_bit.kernels import vllm_cpu, w4a8, w8a16
+from ipex_vllm.low_bit.kernels import vllm_cpu, w4a8, w8a8, w8a16
 from ipex_vllm.low_bit.kernels.base import LowBitLinear
 from ipex_vllm.low_bit.linear import KERNELS, choose_kernel, make_linear
 from ipex_vllm.low_bit.quantize import dequantize, quantize
@@ -92,40 +92,37 @@ AVX2 = frozenset({"onednn_scaled_mm"})
 
 
 @pytest.mark.parametrize(
-    ("format", "operators", "has_amx", "is_built", "dtype", "outputs", "kernel"),
+    ("format", "operators", "is_built", "dtype", "outputs", "kernel"),
     [
-        ("sym_int4", AVX2, False, True, torch.bfloat16, 64, "w4a8"),
-        ("sym_int4", AVX512_BF16, False, True, torch.bfloat16, 64, "w4a8"),
-        ("sym_int4", AVX512_BF16, True, True, torch.bfloat16, 64, "w4a8"),
-        ("sym_int4", AVX512_BF16, True, True, torch.bfloat16, 96, "w4a8"),
-        ("sym_int4", AVX512_BF16, True, True, torch.float32, 64, "w4a8"),
-        ("sym_int4", AVX512_BF16, False, False, torch.bfloat16, 64, "vllm-w4a8"),
-        ("sym_int4", AVX512, False, False, torch.bfloat16, 64, "vllm-w4a16"),
-        ("sym_int4", AVX512, False, False, torch.float32, 64, "dequantize"),
-        ("asym_int4", AVX512_BF16, True, True, torch.bfloat16, 64, "w4a8"),
-        ("asym_int4", AVX512_BF16, True, False, torch.bfloat16, 64, "dequantize"),
-        ("sym_int8", AVX2, False, True, torch.bfloat16, 33, "onednn-w8a8"),
-        ("sym_int8", AVX512_BF16, True, False, torch.float32, 33, "onednn-w8a8"),
-        ("sym_int8", frozenset(), False, True, torch.bfloat16, 64, "dequantize"),
-        ("fp8_e4m3", AVX512_BF16, True, True, torch.bfloat16, 64, "w8a16"),
-        ("fp8_e5m2", frozenset(), False, True, torch.float32, 33, "w8a16"),
-        ("fp8_e4m3", AVX512_BF16, True, False, torch.bfloat16, 64, "dequantize"),
-        ("nf4", AVX512_BF16, True, True, torch.bfloat16, 64, "dequantize"),
+        ("sym_int4", AVX2, True, torch.bfloat16, 64, "w4a8"),
+        ("sym_int4", AVX512_BF16, True, torch.bfloat16, 64, "w4a8"),
+        ("sym_int4", AVX512_BF16, True, torch.float32, 96, "w4a8"),
+        ("sym_int4", AVX512_BF16, False, torch.bfloat16, 64, "vllm-w4a8"),
+        ("sym_int4", AVX512, False, torch.bfloat16, 64, "vllm-w4a16"),
+        ("sym_int4", AVX512, False, torch.float32, 64, "dequantize"),
+        ("asym_int4", AVX512_BF16, True, torch.bfloat16, 64, "w4a8"),
+        ("asym_int4", AVX512_BF16, False, torch.bfloat16, 64, "dequantize"),
+        ("sym_int8", AVX2, True, torch.bfloat16, 33, "w8a8"),
+        ("sym_int8", AVX512_BF16, False, torch.float32, 33, "onednn-w8a8"),
+        ("sym_int8", frozenset(), True, torch.bfloat16, 64, "w8a8"),
+        ("sym_int8", frozenset(), False, torch.bfloat16, 64, "dequantize"),
+        ("fp8_e4m3", AVX512_BF16, True, torch.bfloat16, 64, "w8a16"),
+        ("fp8_e5m2", frozenset(), True, torch.float32, 33, "w8a16"),
+        ("fp8_e4m3", AVX512_BF16, False, torch.bfloat16, 64, "dequantize"),
+        ("nf4", AVX512_BF16, True, torch.bfloat16, 64, "dequantize"),
     ],
 )
 def test_the_kernel_follows_from_the_format_the_machine_the_dtype_and_the_shape(
     monkeypatch: pytest.MonkeyPatch,
     format: str,
     operators: frozenset[str],
-    has_amx: bool,
     is_built: bool,
     dtype: torch.dtype,
     outputs: int,
     kernel: str,
 ) -> None:
     monkeypatch.setattr(vllm_cpu, "operators", lambda: operators)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
-    for ours in (w4a8, w8a16):
+    for ours in (w4a8, w8a8, w8a16):
         monkeypatch.setattr(ours, "unavailable_reason", lambda: None if is_built else "was not built")
     row = FORMATS[format]
     assert choose_kernel(row, row.group_size, outputs, dtype).kernel == kernel
@@ -137,13 +134,17 @@ def test_the_kernel_follows_from_the_format_the_machine_the_dtype_and_the_shape(
         ("sym_int4", 32, "w4a8"),
         ("sym_int4", 128, "w4a8"),
         ("sym_int4", 16, "dequantize"),
+        ("sym_int8", None, "w8a8"),
+        ("sym_int8", 32, "w8a8"),
+        ("sym_int8", 64, "w8a8"),
+        ("sym_int8", 128, "dequantize"),
         ("fp8_e4m3", 64, "dequantize"),
     ],
 )
 def test_a_group_that_a_kernel_does_not_take_is_for_another(
-    name: str, group_size: int, kernel: str, monkeypatch: pytest.MonkeyPatch
+    name: str, group_size: int | None, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vllm_cpu, "operators", frozenset)
-    for ours in (w4a8, w8a16):
+    for ours in (w4a8, w8a8, w8a16):
         monkeypatch.setattr(ours, "unavailable_reason", lambda: None)
     assert choose_kernel(FORMATS[name], group_size, 64, torch.bfloat16).kernel == kernel

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ipex_vllm.low_bit.kernels import native, w4a8, w8a16
+from ipex_vllm.low_bit.kernels import native, w4a8, w8a8, w8a16
 
 ROOT = Path(__file__).parents[1]
 CPU_FLAGS = Path("/proc/cpuinfo").read_text().split()
@@ -18,19 +18,22 @@ BUILD = runpy.run_path(str(ROOT / "setup.py"))
 OTHER_ENCODING = ["-mavx512vl", "-mavx512vnni", "-D_mm256_dpbusd_avx_epi32=_mm256_dpbusd_epi32"]
 # What a CPU has to name for each kernel's instruction sets; the sources of AVX-VNNI run on two kinds.
 ISA_FLAGS = {
-    "w4a8": [{"avx2"}, {"avx_vnni", "avx512_vnni"}, {"avx512_vnni"}],
+    "w4a8": [{"avx2"}, {"avx_vnni", "avx512_vnni"}, {"avx512_vnni"}, {"amx_int8"}],
+    "w8a8": [{"avx2"}, {"avx_vnni", "avx512_vnni"}, {"avx512_vnni"}, {"amx_int8"}],
     "w8a16": [{"avx2"}, {"avx512bw"}, {"avx512_bf16"}],
 }
 
 THREAD_COUNT = """
 import os, torch
-from ipex_vllm.low_bit.kernels import w4a8, w8a16
+from ipex_vllm.low_bit.kernels import w4a8, w8a8, w8a16
 torch.set_num_threads(3)
 torch.randn(512, 512) @ torch.randn(512, 512)
 torch.randn(1 << 22).exp()
 before = len(os.listdir("/proc/self/task"))
 packed = w4a8.pack(torch.zeros(1024, 512, dtype=torch.uint8), torch.ones(1024, 16), None)
 w4a8.linear(torch.randn(64, 512), packed, None, 1024, 32, True)
+packed = w8a8.pack(torch.zeros(1024, 512, dtype=torch.int8), torch.ones(1024, 1))
+w8a8.linear(torch.randn(64, 512), packed, None, 1024, w8a8.ROW)
 codes = torch.zeros(1024, 512).to(torch.float8_e4m3fn)
 w8a16.linear(torch.randn(64, 512), w8a16.pack(codes, torch.ones(1024, 1)), None, 1024, codes.dtype)
 print(before, len(os.listdir("/proc/self/task")))
@@ -47,13 +50,13 @@ def test_the_kernels_run_on_the_threads_that_torch_has(preload):
     assert before == after >= 3
 
 
-@pytest.mark.parametrize("kernel", [w4a8, w8a16])
+@pytest.mark.parametrize("kernel", [w4a8, w8a8, w8a16])
 def test_without_the_library_the_reason_says_what_to_do(kernel, monkeypatch, tmp_path):
     monkeypatch.setattr(native, "LIBRARY", tmp_path / "libkernels.so")
     assert "install a C++ compiler" in kernel.unavailable_reason()
 
 
-@pytest.mark.parametrize("kernel", [w4a8, w8a16])
+@pytest.mark.parametrize("kernel", [w4a8, w8a8, w8a16])
 def test_a_library_that_does_not_load_is_a_reason(kernel, monkeypatch, tmp_path):
     monkeypatch.setattr(native, "LIBRARY", tmp_path / "libkernels.so")
     native.LIBRARY.write_bytes(b"not a library")
@@ -75,7 +78,7 @@ def test_a_library_of_another_version_or_an_old_torch_is_a_reason(source, reason
 
 LEAK = """
 import torch
-from ipex_vllm.low_bit.kernels import w4a8, w8a16
+from ipex_vllm.low_bit.kernels import w4a8, w8a8, w8a16
 
 def resident_kib():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1])
@@ -83,6 +86,7 @@ def resident_kib():
 def call():
     x, bias = torch.zeros(128, 1 << 14).t(), torch.zeros(64)  # 8 MiB, and not contiguous
     w4a8.linear(x, packed, bias, 64, 128, True)
+    w8a8.linear(x, packed_int8, bias, 64, w8a8.ROW)
     w8a16.linear(x, packed_fp8, bias, 64, torch.float8_e4m3fn)
     try:
         w4a8.linear(x, packed, bias, 65, 128, True)
@@ -92,6 +96,7 @@ def call():
 
 weights = torch.zeros(64, 128)
 packed = w4a8.pack(weights.byte(), torch.ones(64, 1), None)
+packed_int8 = w8a8.pack(weights.char(), torch.ones(64, 1))
 packed_fp8 = w8a16.pack(weights.to(torch.float8_e4m3fn), torch.ones(64, 1))
 for _ in range(5):
     call()
@@ -120,7 +125,7 @@ def test_without_a_compiler_the_package_still_builds(tmp_path):
 def test_no_access_past_a_buffer_and_no_undefined_behaviour(kernel, tmp_path):
     driver = tmp_path / "driver"
     sanitize = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    sources = {source: flags for source, flags in BUILD["SOURCES"].items() if source.parent.name == kernel}
+    sources = {source: flags for source, flags in BUILD["SOURCES"].items() if source.parent.name in (kernel, "common")}
     objects = []
     for source, flags in {Path(f"tests/{kernel}_driver.cpp"): [], **sources}.items():
         flags = [*BUILD["FLAGS"], *flags, *sanitize]

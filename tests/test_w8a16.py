@@ -76,7 +76,7 @@ def test_every_number_of_rows_and_odd_sizes(weight_dtype, dtype, isa):
         x = torch.randn(max(EVERY_ROWS), inputs).to(dtype)
         expected = reference(x, codes, scales)
         for rows in EVERY_ROWS:
-            out = w8a16.linear_with_isa(x[:rows], packed, None, outputs, weight_dtype, isa)
+            out = w8a16.linear(x[:rows], packed, None, outputs, weight_dtype, isa)
             assert_close(out, expected[:, :rows])
 
 
@@ -88,7 +88,7 @@ def test_every_code_is_its_number(weight_dtype, dtype):
     codes = torch.cat([numbers, numbers | 0x80]).repeat(2)[1:, None].view(weight_dtype).expand(-1, 3).contiguous()
     packed = w8a16.pack(codes, torch.ones(len(codes), 1))
     for isa in isas(dtype):
-        out = w8a16.linear_with_isa(torch.eye(3, dtype=dtype), packed, None, len(codes), weight_dtype, isa)
+        out = w8a16.linear(torch.eye(3, dtype=dtype), packed, None, len(codes), weight_dtype, isa)
         assert torch.equal(out, codes.T.to(dtype))
 
 
@@ -120,8 +120,8 @@ def test_a_row_does_not_depend_on_its_batch(dtype):
     packed = w8a16.pack(codes, scales)
     x = torch.randn(130, 1001).to(dtype)
     for isa in isas(dtype):
-        together = w8a16.linear_with_isa(x, packed, None, 96, codes.dtype, isa)
-        alone = [w8a16.linear_with_isa(row, packed, None, 96, codes.dtype, isa) for row in x.split(1)]
+        together = w8a16.linear(x, packed, None, 96, codes.dtype, isa)
+        alone = [w8a16.linear(row, packed, None, 96, codes.dtype, isa) for row in x.split(1)]
         assert torch.equal(together, torch.cat(alone))
 
 
@@ -144,7 +144,7 @@ def test_avx2_and_avx512_give_the_same_bits(dtype):
     codes, scales = random_weight(96, 1001, torch.float8_e4m3fn)
     packed = w8a16.pack(codes, scales)
     x = (torch.randn(20, 1001) * torch.logspace(-3, 3, 20)[:, None]).to(dtype)
-    avx2, avx512 = (w8a16.linear_with_isa(x, packed, None, 96, codes.dtype, isa) for isa in (1, 2))
+    avx2, avx512 = (w8a16.linear(x, packed, None, 96, codes.dtype, isa) for isa in (1, 2))
     assert torch.equal(avx2, avx512)
 
 
@@ -157,14 +157,14 @@ def test_extreme_rows_stay_to_themselves(weight_dtype, dtype):
     smaller, larger = (2.0**-15, 1) if dtype == torch.float16 else (2.0**-90, 2.0**100)
     x = torch.randn(6, 257).to(dtype)
     for isa in isas(dtype):
-        usual = w8a16.linear_with_isa(x, packed, None, 64, weight_dtype, isa)
+        usual = w8a16.linear(x, packed, None, 64, weight_dtype, isa)
         extreme = x.clone()
         extreme[1] = 0
         extreme[2] *= smaller
         extreme[3] *= larger
         extreme[4, 3] = float("nan")
         extreme[5, 256] = float("inf")
-        out = w8a16.linear_with_isa(extreme, packed, None, 64, weight_dtype, isa)
+        out = w8a16.linear(extreme, packed, None, 64, weight_dtype, isa)
         assert torch.equal(out[0], usual[0])
         assert out[1].eq(0).all()
         assert_close(out[2:4], reference(extreme[2:4], codes, scales))

@@ -1,71 +1,46 @@
 // Runs every kernel this CPU can run against a plain loop, on buffers of exactly the needed size: under
 // AddressSanitizer a read or write past an end stops it. The results have to be the same bits.
+#include "int8_driver.h"
 #include "w4a8/w4a8.h"
 
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <initializer_list>
-#include <random>
-#include <vector>
-
 using namespace w4a8;
-
-static float half_to_float(uint16_t h) {
-    const int exponent = h >> 10 & 31, mantissa = h & 1023;
-    const float value = exponent ? std::ldexp(float(mantissa + 1024), exponent - 25) : std::ldexp(float(mantissa), -24);
-    return h >> 15 ? -value : value;
-}
-
-static uint16_t half_at(const uint8_t *p) {
-    uint16_t value;
-    std::memcpy(&value, p, 2);
-    return value;
-}
+using common::kTileOutputs;
 
 static std::vector<float> reference(const std::vector<float> &x, const Weights &w, const float *bias, int64_t rows) {
     std::vector<float> out(rows * w.outputs);
-    std::vector<int> q(w.inputs);
-    for (int64_t m = 0; m < rows; ++m) {
-        float amax = 0;
-        for (int64_t k = 0; k < w.inputs; ++k) amax = std::fmax(amax, std::fabs(x[m * w.inputs + k]));
-        const bool zero = amax < 0x1p-100f;
-        for (int64_t k = 0; k < w.inputs; ++k)
-            q[k] = zero ? 0 : int(std::nearbyint(x[m * w.inputs + k] * (127.0f / amax)));
+    const RoundedRows rounded(x, rows, w.inputs, w.step());
+    for (int64_t m = 0; m < rows; ++m)
         for (int64_t n = 0; n < w.outputs; ++n) {
             float total = 0;
             const int lane = n % 16, high = n % kTileOutputs / 16;
-            for (int64_t g = 0; g < w.groups(); ++g) {
-                const uint8_t *block = w.block(n / kTileOutputs, g);
+            for (int64_t g = 0; g < rounded.groups; ++g) {
+                const int64_t first = g * w.step();
+                const uint8_t *block = w.block(n / kTileOutputs, first / w.group);
                 int dot = 0, sum = 0;
-                for (int64_t k = 0; k < w.group; ++k) {
-                    const uint8_t byte = block[w.terms_bytes() + k / 4 * kLineBytes + lane * 4 + k % 4];
-                    dot += (high ? byte >> 4 : byte & 15) * q[g * w.group + k];
-                    sum += q[g * w.group + k];
+                for (int64_t k = first; k < first + w.step(); ++k) {
+                    const uint8_t byte = block[w.terms_bytes() + k % w.group / 4 * kLineBytes + lane * 4 + k % 4];
+                    dot += (high ? byte >> 4 : byte & 15) * rounded.code(m, k);
+                    sum += rounded.code(m, k);
                 }
-                const float scale = half_to_float(half_at(block + 2 * (n % kTileOutputs)));
-                total = std::fma(scale, float(w.symmetric ? dot - 8 * sum : dot), total);
+                const float scale = half_at(block + 2 * (n % kTileOutputs)), x_scale = rounded.scale(m, g);
+                total = std::fma(scale, x_scale * float(w.symmetric ? dot - 8 * sum : dot), total);
                 if (!w.symmetric)
-                    total = std::fma(half_to_float(half_at(block + kTermBytes + 2 * (n % kTileOutputs))), float(sum), total);
+                    total = std::fma(half_at(block + common::kTermBytes + 2 * (n % kTileOutputs)), x_scale * float(sum), total);
             }
-            out[m * w.outputs + n] = std::fma(zero ? 0 : amax / 127.0f, total, bias ? bias[n] : 0.0f);
+            out[m * w.outputs + n] = total + (bias ? bias[n] : 0.0f);
         }
-    }
     return out;
 }
 
 int main() {
     std::mt19937 random(0);
-    std::vector<int> isas{kAvx2};
-    if (w4a8_isa() >= kAvxVnni) isas.push_back(kAvxVnni);
-    if (w4a8_isa() == kAvx512Vnni) isas.push_back(kAvx512Vnni);
+    const std::vector<int> isas = known_isas(w4a8_isa(1000));
     int checked = 0;
     for (const int64_t group : {32, 64, 128})
         for (const bool symmetric : {true, false})
             for (const int64_t outputs : {1, 31, 32, 33, 80})
                 for (const int64_t inputs : {group, 5 * group, int64_t(1152)})
-                    for (const int64_t rows : {1, 2, 3, 6, 7, 8, 15, 129}) {
+                    for (const int64_t rows : {1, 2, 3, 6, 7, 8, 15, 17, 129}) {
                         Weights w{nullptr, outputs, inputs, group, symmetric};
                         std::vector<uint8_t> packed(w.tiles() * w.groups() * w.block_bytes());
                         for (auto &byte : packed) byte = random();

@@ -12,18 +12,21 @@ from ipex_vllm.low_bit.kernels.base import LowBitLinear
 from ipex_vllm.low_bit.kernels.dequantize import DequantizingLinear
 from ipex_vllm.low_bit.kernels.vllm_cpu import OneDnnInt8Linear, VllmW4A8Linear, VllmW4A16Linear
 from ipex_vllm.low_bit.kernels.w4a8 import W4A8Linear
+from ipex_vllm.low_bit.kernels.w8a8 import W8A8Linear
 from ipex_vllm.low_bit.kernels.w8a16 import W8A16Linear
 from ipex_vllm.low_bit.kernels.xpu import XpuFp8Linear, XpuInt4Linear
 from ipex_vllm.low_bit.quantize import QuantizedWeight
 
-# In order of preference: the first that can compute a layer does.
+# In order of preference: the first that can compute a layer does. Accuracy comes first: our kernels round activations
+# in groups of inputs, oneDNN's and vLLM's a token at once.
 KERNELS: tuple[type[LowBitLinear], ...] = (
     XpuInt4Linear,
     XpuFp8Linear,
-    OneDnnInt8Linear,
     W4A8Linear,
-    VllmW4A8Linear,
+    W8A8Linear,
     W8A16Linear,
+    OneDnnInt8Linear,
+    VllmW4A8Linear,
     VllmW4A16Linear,
     DequantizingLinear,
 )

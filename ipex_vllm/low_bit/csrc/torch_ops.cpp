@@ -14,6 +14,7 @@
 
 #include "w4a8/w4a8.h"
 #include "w8a16/w8a16.h"
+#include "w8a8/w8a8.h"
 
 namespace {
 
@@ -135,13 +136,14 @@ struct Linear {
     int64_t outputs;
     std::vector<int64_t> sizes; // x's, then the result's
     int64_t inputs;
+    int64_t rows;
     int32_t dtype;
     int32_t bias_dtype;
 
     Linear(const Value *stack)
         : x(take_tensor(stack[0])), packed(take_tensor(stack[1])), bias(take_optional_tensor(stack[2])),
-          outputs(int64_t(stack[3])), sizes(x.sizes()), inputs(sizes.empty() ? 0 : sizes.back()), dtype(x.dtype()),
-          bias_dtype(bias ? bias.dtype() : common::kFloat32) {
+          outputs(int64_t(stack[3])), sizes(x.sizes()), inputs(sizes.empty() ? 0 : sizes.back()),
+          rows(inputs ? x.numel() / inputs : 0), dtype(x.dtype()), bias_dtype(bias ? bias.dtype() : common::kFloat32) {
         if (dtype < 0 || (bias_dtype != dtype && bias_dtype != common::kFloat32))
             fail("the kernels take float32, float16 or bfloat16, and a bias of that dtype or float32");
         if (sizes.empty()) fail("the kernels take [..., K], not a scalar");
@@ -164,7 +166,6 @@ struct Linear {
     // multiply(x, packed, bias, out, rows) is one of the library's matmuls.
     template <class Multiply> Value result(const Multiply &multiply) {
         Tensor out = empty(sizes, x.torch_dtype());
-        const int64_t rows = inputs ? x.numel() / inputs : 0;
         if (multiply(x.data(), packed.data(), bias ? bias.data() : nullptr, out.data(), rows))
             throw std::bad_alloc();
         return reinterpret_cast<Value>(out.release());
@@ -185,10 +186,25 @@ void w4a8_operator(Value *stack, uint64_t, uint64_t) {
         fail("int4 weights have groups of 32, 64 or 128 inputs: " + std::to_string(linear.inputs) +
              " are not divided by " + std::to_string(group));
     linear.check_packed("int4", weights.tiles() * weights.groups() * weights.block_bytes());
-    const int32_t isa = usable(int64_t(stack[6]), w4a8_isa(), "int4");
+    const int32_t isa = usable(int64_t(stack[6]), w4a8_isa(linear.rows), "int4");
     stack[0] = linear.result([&](auto... tensors_and_rows) {
         return w4a8_linear(tensors_and_rows..., linear.outputs, linear.inputs, group, symmetric, linear.dtype,
                            linear.bias_dtype, isa, omp_get_max_threads());
+    });
+}
+
+void w8a8_operator(Value *stack, uint64_t, uint64_t) {
+    Linear linear(stack);
+    const int64_t group = int64_t(stack[4]);
+    const w8a8::Weights weights{nullptr, linear.outputs, linear.inputs, group};
+    if ((group != 0 && group != 32 && group != 64) || (group && linear.inputs % group))
+        fail("int8 weights have groups of 32 or 64 inputs, or 0 for a scale per output: " +
+             std::to_string(linear.inputs) + " are not divided by " + std::to_string(group));
+    linear.check_packed("int8", weights.tiles() * weights.tile_bytes());
+    const int32_t isa = usable(int64_t(stack[5]), w8a8_isa(linear.rows), "int8");
+    stack[0] = linear.result([&](auto... tensors_and_rows) {
+        return w8a8_linear(tensors_and_rows..., linear.outputs, linear.inputs, group, linear.dtype, linear.bias_dtype,
+                           isa, omp_get_max_threads());
     });
 }
 
@@ -208,12 +224,13 @@ void w8a16_operator(Value *stack, uint64_t, uint64_t) {
 
 #pragma GCC visibility push(default)
 extern "C" {
-// Give torch the implementations of ipex_vllm::w4a8_linear and ipex_vllm::w8a16_linear, whose schemas Python defines.
+// Give torch the implementations of ipex_vllm::w4a8_linear and its siblings, whose schemas Python defines.
 // Returns 0, or -1 when this torch has no stable C interface.
 int32_t register_torch_operators() {
     Library library;
     if (!torch.find() || torch.new_library("ipex_vllm", "CPU", __FILE__, __LINE__, &library)) return -1;
     if (torch.implement(library, "w4a8_linear", w4a8_operator)) return -1;
+    if (torch.implement(library, "w8a8_linear", w8a8_operator)) return -1;
     return torch.implement(library, "w8a16_linear", w8a16_operator) ? -1 : 0;
 }
 }

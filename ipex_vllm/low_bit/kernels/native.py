@@ -28,7 +28,7 @@ def unavailable_reason() -> str | None:
 
 @cache
 def library() -> ctypes.CDLL:
-    """Load the library; `ipex_vllm::w4a8_linear` and `ipex_vllm::w8a16_linear` can be called from then on.
+    """Load the library; `ipex_vllm::w4a8_linear` and its siblings can be called from then on.
 
     Raises:
         OSError: the library does not load.

@@ -3,6 +3,8 @@
 How the kernel works, and the packed layout drawn, is in `docs/kernels.md`.
 """
 
+import ctypes
+
 import torch
 from torch import Tensor
 
@@ -14,26 +16,26 @@ GROUP_SIZES = (32, 64, 128)
 TILE_OUTPUTS = 32
 TERM_BYTES = 2 * TILE_OUTPUTS
 
-ISAS = {1: "avx2", 2: "avx_vnni", 3: "avx512_vnni"}
+ISAS = {1: "avx2", 2: "avx_vnni", 3: "avx512_vnni", 4: "amx"}
 
 
 def unavailable_reason() -> str | None:
     """Say in one sentence why the kernel cannot run here; None when it can."""
     if reason := native.unavailable_reason():
         return reason
-    has_isa = native.library().w4a8_isa() in ISAS
+    has_isa = native.library().w4a8_isa(ctypes.c_int64(1)) in ISAS
     return None if has_isa else "the int4 kernel needs a CPU with AVX2, FMA and F16C"
 
 
-def isa() -> str:
-    """The instruction set the kernel uses on this CPU: "avx512_vnni", "avx_vnni" or "avx2".
+def isa(rows: int) -> str:
+    """The instruction set the kernel uses on this CPU for so many rows, one of `ISAS`.
 
     Raises:
         RuntimeError: the kernel cannot run here.
     """
     if reason := unavailable_reason():
         raise RuntimeError(reason)
-    return ISAS[native.library().w4a8_isa()]
+    return ISAS[native.library().w4a8_isa(ctypes.c_int64(rows))]
 
 
 def pack(codes: Tensor, scales: Tensor, mins: Tensor | None) -> Tensor:
@@ -101,18 +103,19 @@ def unpack(packed: Tensor, out_features: int, group_size: int, symmetric: bool) 
 
 
 def linear(
-    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, group_size: int, symmetric: bool
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, group_size: int, symmetric: bool, isa: int = 0
 ) -> Tensor:
     """`x @ weight.T + bias` with the weights of `pack`, through the torch operator `ipex_vllm::w4a8_linear`.
 
-    Each row of x is rounded to int8 with one scale, max|x| / 127; products are summed in int32 within a group, and
-    over the groups in float32. A row's result does not depend on the other rows, the number of threads or the
-    instruction set.
+    Each group of inputs of x is rounded to int8 with one scale, max|x| / 127: groups as the weights', but at most 64.
+    Products are summed in int32 within a group, and over the groups in float32. A row's result does not depend on the
+    other rows, the number of threads or the instruction set.
 
     Args:
         x: float32, float16 or bfloat16 [..., K].
         packed: uint8, from `pack`.
         bias: float32 or x's dtype [N], or None.
+        isa: one of `ISAS`, which this CPU must have; 0 is the best one for so many rows.
 
     Returns:
         [..., N] of x's dtype.
@@ -120,13 +123,6 @@ def linear(
     Raises:
         RuntimeError: a shape or dtype does not fit, or the kernel cannot run here.
     """
-    return linear_with_isa(x, packed, bias, out_features, group_size, symmetric, 0)
-
-
-def linear_with_isa(
-    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, group_size: int, symmetric: bool, isa: int
-) -> Tensor:
-    """`linear`, computed with one instruction set of `ISAS`, which this CPU must have, or with the best one, 0."""
     operator = torch.ops.ipex_vllm.w4a8_linear.default
     return operator(x, packed, bias, out_features, group_size, symmetric, isa)  # type: ignore[no-any-return]
 
@@ -146,7 +142,7 @@ torch.library.register_fake("ipex_vllm::w4a8_linear", _linear_shape)
 
 
 class W4A8Linear(LowBitLinear):
-    """This package's int4 matmul, with activations quantized to int8 per token."""
+    """This package's int4 matmul, with activations rounded to int8 in groups of inputs."""
 
     kernel = "w4a8"
     formats = ("sym_int4", "asym_int4")

@@ -68,7 +68,9 @@ def pack(codes: Tensor, scales: Tensor) -> Tensor:
     return torch.cat([tile_scales.view(torch.uint8), lines], dim=1).flatten()
 
 
-def linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, weight_dtype: torch.dtype) -> Tensor:
+def linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, weight_dtype: torch.dtype, isa: int = 0
+) -> Tensor:
     """`x @ weight.T + bias` with the weights of `pack`, through the torch operator `ipex_vllm::w8a16_linear`.
 
     Products are summed in float32. A row's result does not depend on the other rows or the number of threads. It does
@@ -80,6 +82,7 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, we
         packed: uint8, from `pack`.
         bias: float32 or x's dtype [N], or None.
         weight_dtype: that of the codes.
+        isa: one of `ISAS`, which this CPU must have; 0 is the best one.
 
     Returns:
         [..., N] of x's dtype.
@@ -87,13 +90,6 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, we
     Raises:
         RuntimeError: a shape or dtype does not fit, or the kernel cannot run here.
     """
-    return linear_with_isa(x, packed, bias, out_features, weight_dtype, 0)
-
-
-def linear_with_isa(
-    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, weight_dtype: torch.dtype, isa: int
-) -> Tensor:
-    """`linear`, computed with one instruction set of `ISAS`, which this CPU must have, or with the best one, 0."""
     operator = torch.ops.ipex_vllm.w8a16_linear.default
     return operator(x, packed, bias, out_features, WEIGHT_DTYPES[weight_dtype], isa)  # type: ignore[no-any-return]
 

@@ -1,5 +1,5 @@
 // Compiled with AVX2, FMA and F16C.
-#include "w4a8/vector256.h"
+#include "w4a8/nibbles256.h"
 
 namespace w4a8 {
 namespace {
@@ -18,8 +18,10 @@ struct Pairs {
     }
 };
 
+using Avx2 = Nibbles256<Pairs>;
+
 } // namespace
 
-const Kernel kAvx2Kernel{quantize<Vector256<Pairs>>, multiply<Vector256<Pairs>>};
+const Kernel kAvx2Kernel{quantize<Avx2>, multiply<Avx2>};
 
 } // namespace w4a8

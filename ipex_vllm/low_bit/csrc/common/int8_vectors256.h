@@ -1,30 +1,28 @@
-// The 256-bit vectors of AVX2; D multiplies codes by activations, which AVX-VNNI does in one instruction.
+// What the 256-bit vectors of AVX2 do for integer weights; D multiplies codes by activations.
 #pragma once
 
-#include "common/floats256.h"
-#include "w4a8/kernel.h"
+#include <cstring>
 
-namespace w4a8 {
+#include "common/floats256.h"
+
+namespace common {
 namespace {
 
-template <class D> struct Vector256 : D, common::Floats256 {
+template <class D> struct Int8Vectors256 : D, Floats256 {
     using I = __m256i;
     static constexpr int bytes = 32, slices = 2;
-    static constexpr int high_factor = 1; // sums of 16 bits have no room for high nibbles where they stand
 
     static I zero() { return _mm256_setzero_si256(); }
     static I load_bytes(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
-    static I low_nibbles(I v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
-    static I high_nibbles(I v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
     static I broadcast(const void *p) {
         int32_t word;
         std::memcpy(&word, p, 4);
         return _mm256_set1_epi32(word);
     }
-
-    static F broadcast_float(const void *p) { return _mm256_castsi256_ps(broadcast(p)); }
-    static F to_float(I v) { return _mm256_cvtepi32_ps(v); }
+    static F broadcast_float(const float *p) { return _mm256_broadcast_ss(p); }
+    static F as_float(I v) { return _mm256_castsi256_ps(v); }
     static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+    static F add(F a, F b) { return _mm256_add_ps(a, b); }
 
     static I max_magnitude(I largest, F v) {
         return _mm256_max_epi32(largest, _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff)));
@@ -50,4 +48,4 @@ template <class D> struct Vector256 : D, common::Floats256 {
 };
 
 } // namespace
-} // namespace w4a8
+} // namespace common
