@@ -104,6 +104,9 @@ def test_score_counts_exact_answers_and_any_way_to_decline():
     assert score([off_topic], ["The capital of France is Paris."]) == {"off_topic": 0.0}
 
 
+@pytest.mark.runs(
+    "python -m training.build_dataset --out .cache/demo-data",
+)
 def test_the_data_set_is_built_to_the_same_bytes_and_is_the_shipped_one(tmp_path: Path):
     # In a process of its own: what else is imported can change what there is to introspect.
     subprocess.run([sys.executable, "-m", "training.build_dataset", "--out", tmp_path], check=True)

@@ -1,6 +1,9 @@
 """The commands in README and docs: each is run by a test or says that it was not, and every program, flag and make
 target that is named is there.
 
+A test declares with `@pytest.mark.runs(COMMAND, ...)` what it runs, word for word as it is documented: on other ports
+and addresses, with a small model for MODEL, and writing into temporary folders.
+
 A block of commands is fenced as `sh`. In a block, commands after the comment "Not run here" are not looked at; those
 after "Run by hand, not by a test" are measurements and builds, of which the names alone are checked. A command in a
 sentence or a table names a program.
@@ -8,6 +11,7 @@ sentence or a table names a program.
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib.util
 import itertools
@@ -32,40 +36,6 @@ NOT_RUN = re.compile(r"^# Not run here[:,] .*", re.MULTILINE | re.DOTALL)
 BY_HAND = re.compile(r"^# Run by hand, not by a test: .*", re.MULTILINE | re.DOTALL)
 ARCHIVED = "ipex_llm."  # the programs from which a user comes
 IS_PYTHON = re.compile(r"(\S*/)?python(3\.\d+)?")
-
-# All other commands in blocks, as they stand there, and the test that runs each: on other ports and addresses, with a
-# small model for MODEL, and writing into temporary folders.
-PIECES = "tests/e2e/test_documented.py::test_one_piece_at_a_time"
-SEVERAL_MACHINES = "tests/e2e/test_documented.py::test_several_machines"
-WEB_UI = "tests/webui/test_page.py::test_answer_is_right_and_follows_up"
-IPEX_LLM = "tests/ipex_llm/test_worker.py::test_each_low_bit_format_answers"
-MAKE = "tests/test_docs.py::test_make_serve_and_make_test_run_what_is_tested"
-RUN_BY = {
-    "make serve": MAKE,
-    "make test": MAKE,
-    "make env-webui": WEB_UI,
-    ".venv/bin/python -m ipex_vllm.webui --controller-url http://127.0.0.1:21001": WEB_UI,
-    "make env-ipex-llm": IPEX_LLM,
-    ".venv-ipex-llm/bin/python -m ipex_vllm.worker --engine ipex-llm --low-bit sym_int4 --model-path MODEL": IPEX_LLM,
-    "curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' "
-    '-d \'{"model": "demo", "messages": [{"role": "user", "content": "What does itertools.chain do?"}]}\'': (
-        "tests/e2e/test_service.py::test_the_curl_that_is_printed_gets_a_right_answer"
-    ),
-    "python -m fastchat.serve.controller": PIECES,
-    "python -m ipex_vllm.worker --model-path /path/or/name --device cpu --low-bit sym_int4": PIECES,
-    "python -m ipex_vllm.fastchat_api": PIECES,
-    "python -m ipex_vllm.up --only controller --host 10.0.0.1": SEVERAL_MACHINES,
-    "python -m ipex_vllm.up --only api --host 10.0.0.1 --controller-address http://10.0.0.1:21001": SEVERAL_MACHINES,
-    "python -m ipex_vllm.up --only web --host 10.0.0.1 --controller-address http://10.0.0.1:21001": SEVERAL_MACHINES,
-    "python -m ipex_vllm.up --only worker --host 10.0.0.2 --controller-address http://10.0.0.1:21001 "
-    "--model-path MODEL": SEVERAL_MACHINES,
-    "python -m training.build_dataset --out .cache/demo-data": (
-        "tests/test_demo.py::test_the_data_set_is_built_to_the_same_bytes_and_is_the_shipped_one"
-    ),
-    ".venv/bin/python -m pytest tests/workers/test_hf_parity.py -s": (
-        "tests/workers/test_hf_parity.py::test_greedy_answers_are_vllms_up_to_numeric_ties"
-    ),
-}
 
 
 def blocks(document: Path) -> Iterator[tuple[str, str]]:
@@ -144,19 +114,29 @@ def test_commands_stand_in_blocks_that_are_checked(document: Path) -> None:
             assert not [word for word in programs if shutil.which(word) or word.startswith(".venv")], block
 
 
+def declared() -> set[str]:
+    """What all tests declare to run; read from their text, since some need packages of another environment."""
+    found = set()
+    for file in sorted((ROOT / "tests").rglob("test_*.py")):
+        for test in ast.walk(ast.parse(file.read_text())):
+            if isinstance(test, ast.FunctionDef | ast.AsyncFunctionDef) and test.name.startswith("test_"):
+                for mark in test.decorator_list:
+                    if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.runs":
+                        found |= {shlex.join(shlex.split(ast.literal_eval(command))) for command in mark.args}
+    return found
+
+
 def test_every_command_is_run_by_a_test_or_says_that_it_is_not() -> None:
     documented = {shlex.join(words) for document in DOCUMENTS for words in instructions(document, BY_HAND)}
-    unexplained = sorted(documented - set(RUN_BY))
+    unexplained = sorted(documented - declared())
     assert not unexplained, (
-        f"{unexplained}: run each in a test and name that in RUN_BY, or write above it in its block "
+        f"{unexplained}: run each in a test and mark that with pytest.mark.runs, or write above it in its block "
         "`# Run by hand, not by a test: why` or `# Not run here: why`"
     )
-    assert not set(RUN_BY) - documented, "documented no longer"
-    for test in set(RUN_BY.values()):
-        file, _, name = test.partition("::")
-        assert f"def {name}(" in (ROOT / file).read_text()
+    assert not declared() - documented, "documented no longer"
 
 
+@pytest.mark.runs("make serve", "make test")
 def test_make_serve_and_make_test_run_what_is_tested() -> None:
     """tests/e2e/test_service.py starts the first, and this is run by the second."""
     for target, last in (

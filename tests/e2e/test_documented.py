@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import openai
+import pytest
 
 from tests.processes import Program, eventually, listed_models
 from tests.support import free_port
@@ -34,6 +35,11 @@ def answer(api_url: str) -> str:
         return content
 
 
+@pytest.mark.runs(
+    "python -m fastchat.serve.controller",
+    "python -m ipex_vllm.worker --model-path /path/or/name --device cpu --low-bit sym_int4",
+    "python -m ipex_vllm.fastchat_api",
+)
 def test_one_piece_at_a_time(tmp_path: Path) -> None:
     controller, worker, api = documented(ROOT / "README.md", "python", "-m")
     ports = [str(free_port()) for _ in range(3)]
@@ -49,6 +55,13 @@ def test_one_piece_at_a_time(tmp_path: Path) -> None:
         assert "iterable" in answer(f"http://127.0.0.1:{ports[2]}")
 
 
+@pytest.mark.runs(
+    "python -m ipex_vllm.up --only controller --host 10.0.0.1",
+    "python -m ipex_vllm.up --only api --host 10.0.0.1 --controller-address http://10.0.0.1:21001",
+    "python -m ipex_vllm.up --only web --host 10.0.0.1 --controller-address http://10.0.0.1:21001",
+    "python -m ipex_vllm.up --only worker --host 10.0.0.2 --controller-address http://10.0.0.1:21001 "
+    "--model-path MODEL",
+)
 def test_several_machines(tmp_path: Path) -> None:
     """Each of the machines is an address of this one."""
     machines = {"10.0.0.1": "127.0.0.11", "10.0.0.2": "127.0.0.12", "MODEL": "demo"}

@@ -134,6 +134,10 @@ def test_concurrent_streams_say_what_single_ones_say(url: str) -> None:
     assert len(set(alone)) == 4
 
 
+@pytest.mark.runs(
+    "make env-ipex-llm",
+    ".venv-ipex-llm/bin/python -m ipex_vllm.worker --engine ipex-llm --low-bit sym_int4 --model-path MODEL",
+)
 @pytest.mark.parametrize("low_bit", CPU_FORMATS)
 def test_each_low_bit_format_answers(low_bit: str, tmp_path: Path) -> None:
     with worker(tmp_path / "worker", *ENGINE, "--low-bit", low_bit) as running:

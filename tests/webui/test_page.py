@@ -48,6 +48,10 @@ def test_page_needs_no_outside_network_and_lists_the_model(open_page: OpenPage, 
     expect(chat.question).to_be_editable()
 
 
+@pytest.mark.runs(
+    "make env-webui",
+    ".venv/bin/python -m ipex_vllm.webui --controller-url http://127.0.0.1:21001",
+)
 def test_answer_is_right_and_follows_up(open_page: OpenPage, demo_worker: Server) -> None:
     chat = open_page(model="demo")
     chat.set_parameter("Temperature", 0)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from ipex_vllm.demo import MODEL_DIR
 from tests.processes import Server, worker
 from tests.support import generate
@@ -45,6 +47,7 @@ def first_gap(ours: dict[str, Any], vllms: dict[str, Any]) -> float:
     return 0.0
 
 
+@pytest.mark.runs(".venv/bin/python -m pytest tests/workers/test_hf_parity.py -s")
 def test_greedy_answers_are_vllms_up_to_numeric_ties(tmp_path: Path) -> None:
     """In bfloat16, where both round at every layer: they may part where two tokens are about equally likely."""
     ours = answers(lambda: Server(tmp_path / "transformers", "/ready", "workers.hf_worker", *WEIGHTS))
