@@ -1,4 +1,4 @@
-"""What a worker finds out about a machine, and what it makes of that. The machines are folders of /proc and /sys."""
+"""What a worker makes of a machine with a processor."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,95 +18,7 @@ from ipex_vllm.options import WorkerOptions
 from ipex_vllm.plan import cpu
 from ipex_vllm.plan.cpu import choose_weights
 from ipex_vllm.plan.plan import Demands, Plan, weight_bytes
-
-# (package, core, NUMA node) of each logical CPU.
-Topology = list[tuple[int, int, int]]
-
-
-@dataclass
-class FakeRoot:
-    """Writes the files of a machine below `path`, in the kernel's own formats. Memory in GiB."""
-
-    path: Path
-    topology: Topology
-    name: str = "Intel(R) Xeon(R) Processor"
-    flags: str = "fpu sse4_2 avx2"
-    total: float = 64
-    available: float = 60
-    node_free: dict[int, float] = field(default_factory=dict)
-    shows_topology: bool = True
-
-    def __post_init__(self) -> None:
-        for cpu_id, (package, core, node) in enumerate(self.topology):
-            if self.shows_topology:
-                folder = f"sys/devices/system/cpu/cpu{cpu_id}"
-                self.write(f"{folder}/topology/physical_package_id", f"{package}\n")
-                self.write(f"{folder}/topology/core_id", f"{core}\n")
-                (self.path / f"sys/devices/system/node/node{node}/cpu{cpu_id}").mkdir(parents=True)
-        for node, free in self.node_free.items():
-            self.write(f"sys/devices/system/node/node{node}/meminfo", node_meminfo(node, free))
-        cpuinfo = (f"processor\t: {i}\nmodel name\t: {self.name}\nflags\t\t: {self.flags}\n" for i in self.cpu_ids)
-        self.write("proc/cpuinfo", "\n".join(cpuinfo))
-        self.set_available(self.available)
-        self.write("proc/self/cgroup", "0::/\n")
-
-    @property
-    def cpu_ids(self) -> range:
-        return range(len(self.topology))
-
-    def write(self, name: str, text: str) -> None:
-        (self.path / name).parent.mkdir(parents=True, exist_ok=True)
-        (self.path / name).write_text(text)
-
-    def set_available(self, gib: float) -> None:
-        kib = {"MemTotal": self.total, "MemFree": gib / 2, "MemAvailable": gib}
-        self.write("proc/meminfo", "".join(f"{name}:   {int(size * GIB / 1024)} kB\n" for name, size in kib.items()))
-
-    def probe(self, allowed: set[int] | None = None) -> MachineFacts:
-        return MachineFacts.probe(self.path, self.cpu_ids if allowed is None else allowed, prefix=self.path / "venv")
-
-    def install(self, *names: str) -> None:
-        folders = {"libiomp5.so": "venv/lib", "libtcmalloc_minimal.so.4": "usr/lib/x86_64-linux-gnu"}
-        for name in names:
-            self.write(f"{folders[name]}/{name}", "")
-
-
-def node_meminfo(node: int, free: float) -> str:
-    """As the kernel writes it; half of what is free is page cache."""
-    kib = int(free * GIB / 1024)
-    fields = {"MemTotal": 2 * kib, "MemFree": kib // 2, "Active(anon)": kib, "Inactive(anon)": kib}
-    fields |= {"Active(file)": kib // 4, "Inactive(file)": kib // 8, "SReclaimable": kib // 8}
-    return "".join(f"Node {node} {name}: {size:8} kB\n" for name, size in fields.items())
-
-
-def cores(count: int) -> Topology:
-    return [(0, core, 0) for core in range(count)]
-
-
-@pytest.fixture
-def small_box(tmp_path: Path) -> FakeRoot:
-    """2 cores of a virtual Ice Lake Xeon, 24 GiB."""
-    flags = "avx2 avx512f avx512_vnni"
-    return FakeRoot(tmp_path / "small", cores(2), flags=flags, total=24, available=20, node_free={0: 18})
-
-
-@pytest.fixture
-def dual_xeon(tmp_path: Path) -> FakeRoot:
-    """2 sockets of 32 cores with SMT; the kernel counts the first thread of each core of both sockets first."""
-    threads = [(socket, core, socket) for socket in (0, 1) for core in range(32)] * 2
-    flags = "avx2 avx512f avx512_vnni avx512_bf16 amx_bf16 amx_tile amx_int8"
-    free = {0: 250.0, 1: 240.0}
-    return FakeRoot(tmp_path / "xeon", threads, "Intel(R) Xeon(R) Platinum 8462Y+", flags, 512, 490, free)
-
-
-@pytest.fixture
-def hybrid_desktop(tmp_path: Path) -> FakeRoot:
-    """8 performance cores of 2 threads and 8 efficiency cores of one."""
-    threads = [(0, 4 * (i // 2), 0) for i in range(16)] + [(0, 32 + i, 0) for i in range(8)]
-    return FakeRoot(
-        tmp_path / "desktop", threads, "13th Gen Intel(R) Core(TM) i7-13700K", "avx2 avx_vnni", 64, 50, {0: 45}
-    )
-
+from tests.machines import LLAMA_1B, FakeRoot, cores, write_model
 
 MODEL_1B = ModelFacts(2_200_000_000, 131_072_000, False, 22_528, 2048)
 MODEL_8B = ModelFacts(16 * GIB, GIB, False, 131_072, 8192)
@@ -127,88 +39,7 @@ def line(plan: Plan, subject: str) -> str:
     return next(text for text in plan.lines if text.startswith(f"{subject}: "))
 
 
-# Facts
-
-
-def test_this_machine_can_be_read():
-    machine = MachineFacts.probe()
-    assert {each.id for each in machine.cpus} == os.sched_getaffinity(0)
-    assert 0 <= machine.memory_available <= machine.memory_total
-    assert machine.memory_total > 0
-    assert machine.name
-
-
-def test_a_machine_is_what_its_files_say(dual_xeon):
-    machine = dual_xeon.probe()
-    assert machine.name == "Intel(R) Xeon(R) Platinum 8462Y+"
-    assert machine.isa == ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
-    assert len(machine.cpus) == 128
-    assert len({each.core for each in machine.cpus}) == 64
-    assert (machine.memory_total, machine.memory_available) == (512 * GIB, 490 * GIB)
-    assert machine.node_available == {0: 250 * GIB, 1: 240 * GIB}
-    assert machine.quota_cores is None
-    assert (machine.iomp, machine.tcmalloc) == (None, None)
-
-
-def test_a_desktop_has_avx_vnni_and_no_avx512(hybrid_desktop):
-    assert hybrid_desktop.probe().isa == ("avx2", "avx_vnni")
-
-
-def test_the_libraries_to_preload_are_found(small_box):
-    small_box.install("libiomp5.so", "libtcmalloc_minimal.so.4")
-    machine = small_box.probe()
-    assert machine.iomp == str(small_box.path / "venv/lib/libiomp5.so")
-    assert machine.tcmalloc == str(small_box.path / "usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4")
-
-
-def test_version_2_cgroup_limits(small_box):
-    small_box.write("sys/fs/cgroup/memory.max", f"{8 * GIB}\n")
-    small_box.write("sys/fs/cgroup/memory.current", f"{7 * GIB}\n")
-    small_box.write("sys/fs/cgroup/memory.stat", f"anon {GIB}\nactive_file {2 * GIB}\ninactive_file {4 * GIB}\n")
-    small_box.write("sys/fs/cgroup/cpu.max", "150000 100000\n")
-    machine = small_box.probe()
-    # The 6 GiB of page cache, such as a model file that was read, make way.
-    assert (machine.memory_total, machine.memory_available) == (8 * GIB, 7 * GIB)
-    assert machine.quota_cores == 1.5
-
-
-def test_version_1_cgroup_limits(small_box):
-    small_box.write("proc/self/cgroup", "5:cpuacct,cpu:/docker/abc\n4:memory:/docker/abc\n0::/\n")
-    # A container sees its own cgroup as the top.
-    small_box.write("sys/fs/cgroup/memory/memory.limit_in_bytes", f"{8 * GIB}\n")
-    small_box.write("sys/fs/cgroup/memory/memory.usage_in_bytes", f"{3 * GIB}\n")
-    small_box.write("sys/fs/cgroup/memory/memory.stat", f"inactive_file 1\ntotal_inactive_file {GIB}\n")
-    small_box.write("sys/fs/cgroup/cpu/cpu.cfs_quota_us", "300000\n")
-    small_box.write("sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n")
-    machine = small_box.probe()
-    assert (machine.memory_total, machine.memory_available) == (8 * GIB, 6 * GIB)
-    assert machine.quota_cores == 3
-
-
-def test_no_limit_is_no_limit(small_box):
-    free = small_box.probe()
-    small_box.write("proc/self/cgroup", "5:cpu:/\n4:memory:/\n0::/\n")
-    small_box.write("sys/fs/cgroup/memory.max", "max\n")
-    small_box.write("sys/fs/cgroup/cpu.max", "max 100000\n")
-    small_box.write("sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n")
-    small_box.write("sys/fs/cgroup/memory/memory.usage_in_bytes", f"{3 * GIB}\n")
-    small_box.write("sys/fs/cgroup/cpu/cpu.cfs_quota_us", "-1\n")
-    assert small_box.probe() == free
-
-
-def test_the_limits_of_a_service_and_of_what_it_is_part_of(small_box):
-    """As systemd sets them with MemoryMax= and CPUQuota=: no container, a folder for each service."""
-    small_box.write("proc/self/cgroup", "0::/models.slice/worker.service\n")
-    for folder, limit, used, quota in (
-        ("models.slice", 10, 9, "400000 100000"),
-        ("models.slice/worker.service", 12, 2, "max 100000"),
-    ):
-        small_box.write(f"sys/fs/cgroup/{folder}/memory.max", str(limit * GIB))
-        small_box.write(f"sys/fs/cgroup/{folder}/memory.current", str(used * GIB))
-        small_box.write(f"sys/fs/cgroup/{folder}/cpu.max", quota)
-    machine = small_box.probe()
-    assert (machine.memory_total, machine.memory_available) == (10 * GIB, 1 * GIB)
-    assert machine.quota_cores == 4
+# Cores
 
 
 def test_a_box_that_hides_its_topology(tmp_path):
@@ -217,9 +48,6 @@ def test_a_box_that_hides_its_topology(tmp_path):
     machine = box.probe()
     assert rank_cores(machine) == ((0, 1, 2, 3),)
     assert make_plan(machine, WorkerOptions(), MODEL_1B).kv_cache_bytes > GIB
-
-
-# Cores
 
 
 def test_smt_siblings_stay_idle_and_one_core_serves(dual_xeon):
@@ -530,32 +358,7 @@ def test_all_this_comes_before_anything_heavy():
     assert loaded.stdout.strip() == ""
 
 
-# Models
-
-
-LLAMA_1B = {
-    "hidden_size": 2048,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "num_hidden_layers": 22,
-    "vocab_size": 32_000,
-    "max_position_embeddings": 2048,
-}
-
-
-def write_model(folder: Path, config: object, sizes: dict[str, int] | None = None) -> str:
-    (folder / "config.json").write_text(json.dumps(config))
-    for name, size in (sizes or {}).items():
-        (folder / name).write_bytes(b"\0" * size)
-    return str(folder)
-
-
-def test_a_model_directory_tells_its_sizes(tmp_path):
-    # Some repositories hold the same weights twice.
-    files = {"model-1.safetensors": 300, "model-2.safetensors": 200, "consolidated.safetensors": 500}
-    assert ModelFacts.read(write_model(tmp_path, LLAMA_1B, files)) == ModelFacts(
-        500, 2 * 32_000 * 2048, False, 2 * 22 * 4 * 64 * 2, 2048
-    )
+# Weights
 
 
 def test_experts_are_counted_as_what_they_are(tmp_path):
@@ -583,19 +386,6 @@ def test_experts_are_counted_as_what_they_are(tmp_path):
     assert weight_bytes(model, WorkerOptions(low_bit="fp32")) == 2 * end
 
 
-def test_a_model_may_state_its_head_size_and_share_no_heads(tmp_path):
-    config = {**LLAMA_1B, "head_dim": 128, "num_key_value_heads": None, "quantization_config": {}}
-    facts = ModelFacts.read(write_model(tmp_path, config, {"pytorch_model.bin": 10}))
-    assert facts.kv_bytes_per_token == 2 * 22 * 32 * 128 * 2
-    assert facts.weight_bytes == 10
-    assert facts.is_quantized
-
-
-@pytest.mark.parametrize("config", [{}, {"text_config": LLAMA_1B}, {"num_attention_heads": 8}])
-def test_an_unusual_model_is_no_error(tmp_path, config):
-    assert ModelFacts.read(write_model(tmp_path, config)).kv_bytes_per_token is None
-
-
 def test_each_of_several_hosts_needs_memory_for_its_share_alone(small_box):
     """A model that fits no host alone."""
     machine = replace(small_box.probe(), memory_available=8 * GIB)
@@ -604,12 +394,6 @@ def test_each_of_several_hosts_needs_memory_for_its_share_alone(small_box):
         make_plan(machine, WorkerOptions(), model)
     assert make_plan(machine, WorkerOptions(), model.share_of(2)).kv_cache_bytes > 0
     assert ModelFacts().share_of(2) == ModelFacts()
-
-
-def test_a_model_that_is_not_here_is_unknown(tmp_path):
-    assert ModelFacts.read("someone/model") == ModelFacts()
-    (tmp_path / "config.json").write_text("{")
-    assert ModelFacts.read(str(tmp_path)) == ModelFacts()
 
 
 def test_without_bf16_instructions_float32_is_chosen_where_it_fits(small_box):
