@@ -1,9 +1,10 @@
 """Linear layers of one shape in every kernel there is, interleaved in one process, medians.
 
-    python -m benchmarks.kernels [--shapes 5632x2048,2048x5632 --rows 1,4,16,64 --threads 2]
+    python -m benchmarks.kernels [--shapes 5632x2048,2048x5632 --rows 1,4,16,64 --threads 2 --isa avx512_vnni]
 
-Prints a table (ms, and what part of the machine's read bandwidth and int8 peak our kernel reaches) and, as its last
-line, the same as JSON. Each kernel has several copies of its weights, more than the caches hold. docs/kernels.md
+Prints a table (ms, and what part of the machine's read bandwidth and int8 peak without AMX our int4 kernel reaches)
+and, as its last line, the same as JSON. Each kernel has several copies of its weights, more than the caches hold.
+`--isa` keeps our kernels to one instruction set, as ONEDNN_MAX_CPU_ISA does oneDNN. docs/kernels.md
 discusses the results. Needs vLLM, g++ and a CPU with AVX-512 VNNI.
 """
 
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import describe_machine
-from ipex_vllm.low_bit.kernels import w4a8
+from ipex_vllm.low_bit.kernels import w4a8, w8a8
 from ipex_vllm.machine.facts import MachineFacts
 from ipex_vllm.plan import cpu
 
@@ -77,27 +78,42 @@ def torch_int4pack(outputs: int, inputs: int) -> Linear:
     return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, 64, terms)
 
 
-def ours(group: int, symmetric: bool) -> Callable[[int, int], Linear]:
+isa = 0  # of our kernels; 0 is the best one for so many rows
+
+
+def ours_int4(group: int, symmetric: bool) -> Callable[[int, int], Linear]:
     def create(outputs: int, inputs: int) -> Linear:
         codes = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8)
         scales = torch.rand(outputs, inputs // group)
         packed = w4a8.pack(codes, scales, None if symmetric else -7.5 * scales)
-        return lambda x: w4a8.linear(x, packed, None, outputs, group, symmetric)
+        return lambda x: w4a8.linear(x, packed, None, outputs, group, symmetric, isa)
 
     return create
 
 
-GROUP = 64  # of sym_int4 and asym_int4, as in ipex-llm
-OURS = "w4a8 sym_int4"
+def ours_int8(group: int) -> Callable[[int, int], Linear]:
+    def create(outputs: int, inputs: int) -> Linear:
+        codes = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+        packed = w8a8.pack(codes, torch.rand(outputs, inputs // group if group else 1))
+        return lambda x: w8a8.linear(x, packed, None, outputs, group, isa)
+
+    return create
+
+
+INT4, INT8 = "w4a8 sym 32", "w8a8 32"  # what the ratios are for
 KERNELS: dict[str, tuple[Callable[[int, int], Linear], float]] = {  # and the bits of a weight
     "onednn bf16": (onednn_bf16, 16),
     "onednn w8a8": (onednn_w8a8, 8),
     "vllm da8w4": (vllm_da8w4, 4.6),
     "int4pack": (torch_int4pack, 4.5),
-    OURS: (ours(GROUP, True), 4.25),
-    "w4a8 asym_int4": (ours(GROUP, False), 4.5),
-    "w4a8 group 32": (ours(32, True), 4.5),
+    INT4: (ours_int4(32, True), 4.5),
+    "w4a8 sym 64": (ours_int4(64, True), 4.25),
+    "w4a8 asym 32": (ours_int4(32, False), 5),
+    INT8: (ours_int8(32), 8.5),
+    "w8a8 64": (ours_int8(64), 8.25),
+    "w8a8 row": (ours_int8(w8a8.ROW), 8),
 }
+OTHERS = ("onednn bf16", "onednn w8a8", "vllm da8w4", "int4pack")
 
 
 def available_kernels() -> list[str]:
@@ -161,19 +177,19 @@ def benchmark_shape(
         create, bits = KERNELS[name]
         copies = 1 + int(ROTATED_BYTES / (outputs * inputs * bits / 8))
         kernels[name] = [create(outputs, inputs) for _ in range(copies)]
-    weight_bytes = int(outputs * inputs * KERNELS[OURS][1] / 8)
+    weight_bytes = int(outputs * inputs * KERNELS[INT4][1] / 8)
     results = []
     for m in rows:
         median = measure(machine, kernels, torch.randn(m, inputs, dtype=torch.bfloat16), weight_bytes)
-        others = [median[name] for name in names if not name.startswith("w4a8")]
-        seconds = median[OURS]
+        others = [median[name] for name in names if name in OTHERS]
+        seconds = median[INT4]
         result = {
             "outputs": outputs,
             "inputs": inputs,
             "rows": m,
             "ms": {name: round(median[name] * 1e3, 4) for name in names},
             "of_best_other": round(min(others) / seconds, 3),
-            "of_onednn_w8a8": round(median["onednn w8a8"] / seconds, 3),
+            "int8_of_onednn_w8a8": round(median["onednn w8a8"] / median[INT8], 3),
             "of_read_bandwidth": round(weight_bytes / seconds / median["read_bytes_per_s"], 3),
             "of_int8_peak": round(2 * m * outputs * inputs / seconds / median["int8_ops_per_s"], 3),
             "read_gb_per_s": round(median["read_bytes_per_s"] / 1e9, 1),
@@ -187,7 +203,7 @@ def benchmark_shape(
 def _table_row(result: dict[str, Any]) -> str:
     cells = [f"{result['outputs']}x{result['inputs']}", str(result["rows"])]
     cells += [f"{ms:.3f}" for ms in result["ms"].values()]
-    ratios = ("of_best_other", "of_onednn_w8a8", "of_read_bandwidth", "of_int8_peak")
+    ratios = ("of_best_other", "int8_of_onednn_w8a8", "of_read_bandwidth", "of_int8_peak")
     return "| " + " | ".join(cells + [f"{result[ratio]:.2f}" for ratio in ratios]) + " |"
 
 
@@ -196,12 +212,16 @@ def main() -> int:
     parser.add_argument("--shapes", default=SHAPES, help="OUTPUTSxINPUTS, separated by commas")
     parser.add_argument("--rows", default=ROWS, help="numbers of rows, separated by commas")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--isa", choices=w4a8.ISAS.values(), help="compute with this instruction set in our kernels")
     args = parser.parse_args()
+    if args.isa:
+        global isa
+        isa = next(number for number, name in w4a8.ISAS.items() if name == args.isa)
     cpu.apply(MachineFacts.probe())  # the libraries that the worker computes with
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     names, machine = available_kernels(), Machine(args.threads)
-    head = ["shape", "rows", *names, "best other / ours", "onednn w8a8 / ours", "of read", "of peak"]
+    head = ["shape", "rows", *names, f"best other / {INT4}", f"onednn w8a8 / {INT8}", "of read", "of peak"]
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
     results = []
     with torch.inference_mode():
