@@ -7,7 +7,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ipex_vllm.low_bit.formats import FORMATS
 from ipex_vllm.low_bit.hf import HfLowBitLinear, quantize_model
+from ipex_vllm.low_bit.importance import measure
 from ipex_vllm.low_bit.quantize import dequantize, quantize
+from ipex_vllm.low_bit.recipe import Storage, on_load
 
 
 def llama(**changes: int | bool) -> LlamaForCausalLM:
@@ -24,18 +26,22 @@ def llama(**changes: int | bool) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**{**config, **changes})).to(torch.bfloat16).eval()
 
 
-def with_dequantized_weights(model: LlamaForCausalLM, name: str, head: str) -> LlamaForCausalLM:
-    for module in model.modules():
+def with_dequantized_weights(model: LlamaForCausalLM, name: str) -> LlamaForCausalLM:
+    recipe, importances = on_load(FORMATS[name]), measure(model)
+    for layer, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            format = FORMATS[head if module is model.lm_head else name]
-            weight = dequantize(quantize(module.weight.detach(), format), torch.bfloat16)
-            module.weight = nn.Parameter(weight)
+            storage = recipe.storage(layer, module.in_features, is_head=module is model.lm_head)
+            assert isinstance(storage, Storage)
+            quantized = quantize(
+                module.weight.detach(), storage.format, storage.group_size, importances[layer], scales_inputs=True
+            )
+            module.weight = nn.Parameter(dequantize(quantized, torch.bfloat16))
     return model
 
 
 @pytest.mark.parametrize("name", ["sym_int4", "asym_int4", "sym_int8", "fp8_e4m3", "nf4"])
 def test_a_quantized_model_computes_what_its_dequantized_weights_do(name: str) -> None:
-    expected, model = with_dequantized_weights(llama(), name, "sym_int8"), quantize_model(llama(), name)
+    expected, model = with_dequantized_weights(llama(), name), quantize_model(llama(), name)
     linears = [module for module in model.modules() if isinstance(module, HfLowBitLinear)]
     assert len(linears) == 2 * 7 + 1
     tokens = torch.arange(40).view(2, 20)

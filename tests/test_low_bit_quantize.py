@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file
 
 from ipex_vllm.low_bit.formats import FORMATS, Format, fitting_group_size, unsuitable_reason
-from ipex_vllm.low_bit.quantize import dequantize, pack_nibbles, quantize, unpack_nibbles
+from ipex_vllm.low_bit.quantize import QuantizedWeight, dequantize, pack_nibbles, quantize, unpack_nibbles
+from ipex_vllm.low_bit.rounding import nearest_float8
 
 QUANTIZED = [row for row in FORMATS.values() if row.kind != "dtype"]
 GGML_BLOCKS = Path(__file__).parent / "fixtures" / "ipex_llm_blocks" / "blocks.safetensors"
@@ -41,7 +42,7 @@ def test_four_bits_without_search_equal_ipex_llm_bit_for_bit(name: str) -> None:
 
 def test_eight_bits_in_groups_of_64_equal_ipex_llm_bit_for_bit() -> None:
     fixture = load_file(GGML_BLOCKS)
-    mine = quantize(fixture["weight"], FORMATS["sym_int8"], 64)
+    mine = quantize(fixture["weight"], FORMATS["sym_int8"], 64, search=False)
     blocks = fixture["sym_int8"]
     assert torch.equal(blocks[..., :4].contiguous().view(torch.float32).squeeze(-1), mine.scales)
     assert torch.equal(blocks[..., 4:].contiguous().view(torch.int8).flatten(1), mine.codes)
@@ -67,12 +68,47 @@ def test_no_weight_is_further_off_than_half_a_step(format: Format, kind: str) ->
     assert (error <= step / 2 + allowance).all()
 
 
-@pytest.mark.parametrize("name", ["sym_int4", "asym_int4", "sym_int5", "asym_int5"])
+def weighted_error(weight: torch.Tensor, importance: torch.Tensor, quantized: QuantizedWeight) -> float:
+    return ((dequantize(quantized) - weight).square() * importance).sum().item()
+
+
+@pytest.mark.parametrize("format", QUANTIZED, ids=lambda row: row.name)
 @pytest.mark.parametrize("kind", ["normal", "outliers"])
-def test_the_scale_search_lowers_the_squared_error_at_the_same_bits(name: str, kind: str) -> None:
-    weight = weights()[kind]
-    errors = [(dequantize(quantize(weight, FORMATS[name], search=search)) - weight).square().sum() for search in (0, 1)]
-    assert errors[1] < 0.99 * errors[0]
+def test_the_search_lowers_the_error_of_the_inputs_that_matter(format: Format, kind: str) -> None:
+    weight, importance = weights()[kind], torch.linspace(-3, 3, 192).exp()
+    nearest, searched = (quantize(weight, format, None, importance, search=search) for search in (False, True))
+    assert weighted_error(weight, importance, searched) < weighted_error(weight, importance, nearest)
+
+
+@pytest.mark.parametrize("name", ["sym_int4", "asym_int4", "sym_int5", "asym_int5"])
+def test_scaled_inputs_lower_it_further(name: str) -> None:
+    weight, importance = weights()["normal"], torch.linspace(-3, 3, 192).exp()
+    plain = quantize(weight, FORMATS[name], None, importance)
+    scaled = quantize(weight, FORMATS[name], None, importance, scales_inputs=True)
+    assert plain.input_scales is None
+    assert scaled.input_scales is not None
+    assert scaled.input_scales.log().mean().abs() < 1e-5
+    assert weighted_error(weight, importance, scaled) < weighted_error(weight, importance, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_the_fast_rounding_to_8_bit_floats_is_pytorchs(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    values = torch.cat([torch.randn(4096) * 10.0**power for power in range(-9, 3)])
+    every = torch.arange(256).to(torch.uint8).view(dtype).float()
+    values = torch.cat([values, every[every.isfinite()], (every[1:] + every[:-1])[:100] / 2]).nan_to_num()
+    assert torch.equal(nearest_float8(values, dtype), values.to(dtype).float())
+
+
+def test_weights_of_zeros_and_unused_inputs_are_quantized_all_the_same() -> None:
+    weight = weights()["normal"]
+    weight[:, 64:96] = 0
+    importance = torch.ones(192)
+    importance[:40] = 0
+    for format in QUANTIZED:
+        rounded = dequantize(quantize(weight, format, None, importance, scales_inputs=True))
+        assert rounded.isfinite().all()
+        assert not rounded[:, 64:96].any() or format.kind == "float8"
 
 
 @pytest.mark.parametrize("format", QUANTIZED, ids=lambda row: row.name)

@@ -11,7 +11,7 @@ import torch
 from ipex_vllm.low_bit.formats import FORMATS
 from ipex_vllm.low_bit.layout import to_tensors
 from ipex_vllm.low_bit.quantize import quantize
-from ipex_vllm.low_bit.recipe import Storage, on_load, summarize_kept
+from ipex_vllm.low_bit.recipe import Storage, on_load, on_save, summarize_kept
 from ipex_vllm.low_bit.sizes import loaded_bytes
 
 INT4, INT8, FP8 = FORMATS["sym_int4"], FORMATS["sym_int8"], FORMATS["fp8_e4m3"]
@@ -48,7 +48,8 @@ def test_a_gated_mlp_has_no_router(name: str) -> None:
 
 @pytest.mark.parametrize("row", [row for row in FORMATS.values() if row.kind != "dtype"], ids=lambda row: row.name)
 def test_the_head_has_eight_bits_by_default(row) -> None:
-    assert on_load(row).storage("lm_head", 128, is_head=True) == Storage(INT8, INT8.group_size)
+    assert on_load(row).storage("lm_head", 128, is_head=True) == Storage(INT8, 32)
+    assert on_save(row).storage("lm_head", 128, is_head=True) == Storage(INT8, None)
 
 
 def test_on_a_gpu_the_head_has_a_format_with_a_kernel_there_or_none_and_the_reason_is_said() -> None:
@@ -71,7 +72,9 @@ def checkpoint(shapes: dict[str, Sequence[int]], itemsize: int = 2) -> dict[str,
 def bytes_of(shape: Sequence[int], storage: Storage) -> int:
     """Those of the tensors of such a weight."""
     tensors = to_tensors(quantize(torch.randn(*shape), storage.format, storage.group_size or 0))
-    return sum(tensor.nbytes for name, tensor in tensors.items() if name != "weight_shape")
+    total = sum(tensor.nbytes for name, tensor in tensors.items() if name != "weight_shape")
+    # The kernel keeps the scales of groups in two bytes each.
+    return total - (tensors["weight_scale"].nbytes // 2 if storage == Storage(INT8, 32) else 0)
 
 
 @pytest.mark.parametrize("name", ["sym_int4", "asym_int4", "sym_int8", "fp8_e4m3", "nf4", "sym_int5"])

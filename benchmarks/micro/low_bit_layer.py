@@ -2,7 +2,7 @@
 
 Unquantized as vLLM computes it, in bfloat16 and in float32, and in each format with the kernel that this machine gets,
 one call after the other in one process. Prints the median milliseconds and, as the last line of its output, the same as
-JSON. The shape of an output head tells whether quantizing it is faster; `benchmarks.low_bit_accuracy --keep-head`, what
+JSON. The shape of an output head tells whether quantizing it is faster; `benchmarks.accuracy --parts`, what
 it does to the answers.
 """
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 # How many inputs share a scale in the formats of fewer than 8 bits, where nothing else is asked for.
-GROUP_SIZE = 64
+GROUP_SIZE = 32
 # A layer whose inputs are no multiple of that takes the largest of these that is smaller and divides them.
 SMALLER_GROUP_SIZES = (64, 32)
 

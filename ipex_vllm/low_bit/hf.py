@@ -9,6 +9,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from ipex_vllm.low_bit import importance
 from ipex_vllm.low_bit.formats import resolve
 from ipex_vllm.low_bit.linear import make_linear, summarize
 from ipex_vllm.low_bit.quantize import quantize
@@ -20,10 +21,11 @@ logger = logging.getLogger(__name__)
 class HfLowBitLinear(nn.Module):
     """An `nn.Linear` whose weight is quantized."""
 
-    def __init__(self, linear: nn.Linear, storage: Storage) -> None:
+    def __init__(self, linear: nn.Linear, storage: Storage, importance: torch.Tensor | None) -> None:
         super().__init__()
         weight = linear.weight.detach()
-        self.low_bit = make_linear(quantize(weight, storage.format, storage.group_size or 0), weight.dtype)
+        quantized = quantize(weight, storage.format, storage.group_size or 0, importance, scales_inputs=True)
+        self.low_bit = make_linear(quantized, weight.dtype)
         self.bias = linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
@@ -41,6 +43,7 @@ def quantize_model(
 ) -> nn.Module:
     """Quantize the `nn.Linear`s of `model`, in place, to the format called `format_name`, and return the model.
 
+    Which inputs of a layer matter is measured first (`importance.py`), and rounding follows that.
     Layers are replaced one at a time, so the peak is one layer above what is there already. Embeddings stay as they
     are, also where the output head shares their weight. `head` and `group_size` are those of `recipe.on_load`. bf16,
     fp16 and fp32 only change the model's dtype. The model is moved to `device` first. Raises ValueError for an unknown
@@ -53,6 +56,7 @@ def quantize_model(
         raise ValueError(f"{format.name} on a Transformers model runs on the CPU only; use bf16 or fp16 on {device}")
     recipe = on_load(format, head, group_size=group_size)
     output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    importances = importance.of_model(model)
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     replaced, kept = [], []
     for name, linear in tqdm(linears, desc=f"Quantizing to {format.name}", unit="layer"):
@@ -61,7 +65,7 @@ def quantize_model(
             kept.append((name, storage))
             continue
         parent, _, child = name.rpartition(".")
-        replacement = HfLowBitLinear(linear, storage)
+        replacement = HfLowBitLinear(linear, storage, importances.get(name))
         setattr(model.get_submodule(parent), child, replacement)
         replaced.append(replacement.low_bit)
     for line in (*summarize(replaced), *summarize_kept(kept)):

@@ -51,13 +51,21 @@ class LowBitLinear(nn.Module):
         """Say why this machine is not one for this kernel, or None if it is."""
         raise NotImplementedError
 
+    input_scales: torch.Tensor | None
+
     def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
         super().__init__()
+        self.register_buffer("input_scales", weight.input_scales, persistent=False)
         self.format = weight.format
         self.group_size = weight.group_size
         self.out_features, self.in_features = weight.codes.shape
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        # A compiler makes this a part of whatever computed x.
+        return self.multiply(x if self.input_scales is None else (x * self.input_scales).to(x.dtype), bias)
+
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`forward` of inputs that are scaled already."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:

@@ -29,7 +29,7 @@ class DequantizingLinear(LowBitLinear):
         self.register_buffer("scales", weight.scales, persistent=False)
         self.register_buffer("mins", weight.mins, persistent=False)
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         y: torch.Tensor = _dequantize_linear(x, self.codes, self.scales, self.mins, bias, self.format.name)
         return y
 

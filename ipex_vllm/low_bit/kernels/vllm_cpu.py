@@ -46,7 +46,7 @@ class OneDnnInt8Linear(LowBitLinear):
             weight.codes.t(), self.scales, dtype, dynamic_quant=True, use_azp=False, primitive_cache_size=32
         )
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         tokens = x.reshape(-1, self.in_features)
         codes, scales, _ = self.ops.onednn_scaled_int8_quant(tokens)
         y = torch.empty((tokens.shape[0], self.out_features), dtype=x.dtype)
@@ -84,7 +84,7 @@ class VllmW4A8Linear(LowBitLinear):
         for name, tensor in zip(("packed", "zeros", "scales"), packed, strict=True):
             self.register_buffer(name, tensor, persistent=False)
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         tokens = x.reshape(-1, self.in_features)
         if tokens.shape[0] == 0:  # it divides by their number
             return x.new_empty((*x.shape[:-1], self.out_features))
@@ -113,7 +113,7 @@ class VllmW4A16Linear(LowBitLinear):
         self.register_buffer("packed", words.contiguous(), persistent=False)
         self.register_buffer("scales", weight.scales.t().to(dtype).contiguous(), persistent=False)
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         tokens = x.reshape(-1, self.in_features)
         y = torch.empty((tokens.shape[0], self.out_features), dtype=x.dtype)
         torch.ops._C.cpu_gemm_wna16(tokens, self.packed, y, self.scales, None, bias, 8, "vec")

@@ -160,5 +160,5 @@ class W4A8Linear(LowBitLinear):
         self.inputs_per_scale = weight.group_size
         self.register_buffer("packed", pack(weight.codes, weight.scales.float(), mins), persistent=False)
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return linear(x, self.packed, bias, self.out_features, self.inputs_per_scale, self.format.symmetric)

@@ -125,5 +125,5 @@ class W8A16Linear(LowBitLinear):
         self.register_buffer("packed", pack(weight.codes, weight.scales), persistent=False)
         self.weight_dtype = weight.codes.dtype
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return linear(x, self.packed, bias, self.out_features, self.weight_dtype)

@@ -138,5 +138,5 @@ class W8A8Linear(LowBitLinear):
         self.inputs_per_scale = weight.group_size or ROW
         self.register_buffer("packed", pack(weight.codes, weight.scales.float()), persistent=False)
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return linear(x, self.packed, bias, self.out_features, self.inputs_per_scale)

@@ -45,7 +45,7 @@ class XpuInt4Linear(LowBitLinear):
         self.register_buffer("scales", weight.scales.t().to(dtype).contiguous(), persistent=False)
         self.register_buffer("zero", torch.tensor([8], dtype=torch.int8, device=device), persistent=False)
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         tokens = x.reshape(-1, self.in_features)
         y: torch.Tensor = torch.ops._xpu_C.int4_gemm_w4a16(
             tokens, self.packed.t(), bias, self.scales, self.zero, self.group_size, None
@@ -71,7 +71,7 @@ class XpuFp8Linear(LowBitLinear):
         self.register_buffer("codes", weight.codes, persistent=False)
         self.register_buffer("scales", weight.scales.t().contiguous(), persistent=False)
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         tokens = x.reshape(-1, self.in_features)
         y: torch.Tensor = torch.ops._xpu_C.fp8_gemm_w8a16(tokens, self.codes.t(), self.scales, bias)
         return y.view((*x.shape[:-1], self.out_features))

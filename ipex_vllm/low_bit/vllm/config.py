@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +16,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.platforms import current_platform
 
+from ipex_vllm.low_bit import importance
 from ipex_vllm.low_bit.formats import FORMATS, Format
 from ipex_vllm.low_bit.readers import ipex_llm, ours
 from ipex_vllm.low_bit.recipe import Recipe, on_load
@@ -35,6 +38,7 @@ class LowBitConfig(QuantizationConfig):  # type: ignore[misc]
         self.progress = Progress(self.format)
         self.method: type[LowBitMethod] = QuantizeOnLoad
         self.recipe: Recipe | None = None
+        self.importance_file: Path | None = None
 
     @classmethod
     def get_name(cls) -> str:
@@ -79,12 +83,19 @@ class LowBitConfig(QuantizationConfig):  # type: ignore[misc]
         # The loader of ipex-llm's checkpoints hands out blocks of 4 bits as they are, and others dequantized.
         if saved_in is not None and self.format.bits == 4:
             self.method, self.recipe = OpenSaved, ipex_llm.recipe_of(self.format)
+        if self.method is QuantizeOnLoad:
+            self.importance_file = importance.of_checkpoint(model_name)
+
+    @functools.cached_property
+    def importances(self) -> dict[str, torch.Tensor]:
+        return importance.read(self.importance_file)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, LinearBase | ParallelLMHead):
             if self.recipe is None:  # a vLLM config is at hand only while the model is built
                 self.recipe = recipe_on_load(self.format)
-            return self.method(self.recipe, self.progress, prefix)
+            found = importance.find(self.importances, prefix, self.packed_modules_mapping)
+            return self.method(self.recipe, self.progress, prefix, found)
         if isinstance(layer, VocabParallelEmbedding):
             return EmbeddingMethod()
         if isinstance(layer, RoutedExperts):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     UnquantizedLinearMethod,
@@ -67,6 +68,14 @@ def forgetting(weight_loader: Callable[..., None]) -> Callable[..., None]:
     return load
 
 
+def own_part(importance: torch.Tensor | None, input_size: int, part: int) -> torch.Tensor | None:
+    """The importance of this rank's `part` of a layer's inputs; None where what was measured is another layer's."""
+    if importance is None or len(importance) != input_size:
+        return None
+    first = 0 if part == input_size else get_tensor_model_parallel_rank() * part
+    return importance[first : first + part]
+
+
 class LowBitMethod(LinearMethodBase):  # type: ignore[misc]
     """Packs its layer for its kernel as soon as the last of its weights has been read, one layer at a time."""
 
@@ -74,10 +83,11 @@ class LowBitMethod(LinearMethodBase):  # type: ignore[misc]
     uses_meta_device = True
     storage: Storage
 
-    def __init__(self, recipe: Recipe, progress: Progress, prefix: str) -> None:
+    def __init__(self, recipe: Recipe, progress: Progress, prefix: str, importance: torch.Tensor | None) -> None:
         self.recipe = recipe
         self.progress = progress
         self.prefix = prefix
+        self.importance = importance  # of all inputs of the layer, whatever part of them this rank has
         self.embedding_layer: Any = None
 
     def create_weights(
@@ -109,6 +119,7 @@ class LowBitMethod(LinearMethodBase):  # type: ignore[misc]
             )
             return
         self.storage = storage
+        self.importance = own_part(self.importance, input_size, input_size_per_partition)
         layer.low_bit_dtype = params_dtype
         for name, parameter in self.parameters(
             sum(output_partition_sizes), input_size_per_partition, params_dtype, forgetting(weight_loader)
@@ -155,7 +166,9 @@ class LowBitMethod(LinearMethodBase):  # type: ignore[misc]
         self.progress.finish_layer(layer.low_bit)
 
     def quantize(self, weight: torch.Tensor) -> QuantizedWeight:
-        return quantize(weight.detach(), self.storage.format, self.storage.group_size or 0)
+        return quantize(
+            weight.detach(), self.storage.format, self.storage.group_size or 0, self.importance, scales_inputs=True
+        )
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         y: torch.Tensor = layer.low_bit(x, bias)

@@ -1,0 +1,78 @@
+"""Scores a model through vLLM, its scheduler, cache and kernels, in a process of its own: what `score_vllm` starts.
+
+python -m benchmarks.accuracy.vllm_logits FOLDER_OF_THE_REFERENCE JSON_OF_ENGINE_ARGUMENTS
+
+vLLM gives the log probabilities of a prompt's tokens, and would turn each into a Python object. What it computes them
+from is taken where the model hands it over instead. The last line of the output begins with RESULT.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.accuracy.score import Reference, Score
+
+MARK = "RESULT "
+
+
+def score_vllm(folder: Path, arguments: dict[str, Any], *, plugin: bool = True) -> Score:
+    """Score vLLM with these engine arguments against the reference in `folder`; without `plugin`, upstream's alone.
+
+    Raises RuntimeError with the process's last words.
+    """
+    command = [sys.executable, "-m", __name__, str(folder), json.dumps(arguments)]
+    # One process, so that the model can be reached.
+    environ = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", **os.environ}
+    if not plugin:
+        environ["VLLM_PLUGINS"] = ""
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
+    for line in done.stdout.splitlines():
+        if line.startswith(MARK):
+            return Score(**json.loads(line.removeprefix(MARK)))
+    raise RuntimeError(f"{' '.join(command)} ended with status {done.returncode}: {done.stderr[-500:]}")
+
+
+def main() -> None:
+    from vllm import LLM, SamplingParams
+
+    folder, arguments = Path(sys.argv[1]), json.loads(sys.argv[2])
+    reference, score = Reference(folder), Score()
+    length = reference.windows.shape[1]
+    settings = {
+        "max_model_len": length + 16,
+        "max_num_batched_tokens": length + 16,
+        "max_num_seqs": 1,
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "kv_cache_memory_bytes": 1 << 28,
+        "gpu_memory_utilization": 0.1,
+        "distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor",
+    }
+    llm = LLM(**{**settings, **arguments})
+    model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.get_model()
+    compute_logits, index = model.compute_logits, 0
+
+    def counted(hidden_states: torch.Tensor, *rest: Any) -> torch.Tensor:
+        logits: torch.Tensor = compute_logits(hidden_states, *rest)
+        if len(logits) == length - 1:  # those of the prompt; the others belong to the token that is generated
+            reference.count(score, index, logits)
+        return logits
+
+    model.compute_logits = counted
+    sampling = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+    for index, window in enumerate(reference.windows):  # noqa: B007  (`counted` reads it)
+        llm.generate({"prompt_token_ids": window.tolist()}, sampling, use_tqdm=False)
+    assert score.num_tokens == reference.windows[:, 1:].numel(), "vLLM computed the prompts in parts"
+    os.write(1, f"\n{MARK}{json.dumps(asdict(score))}\n".encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Which inputs of each linear layer matter: what rounding weighs the error of a weight's columns by.
+
+The importance of an input is its mean square. A hundred random token ids, sent once through the model in float32, give
+it as well as text does (docs/low-bit.md has the figures), so no data is needed. A checkpoint is read layer by layer,
+with one layer in memory at a time, and the result, a few MB, is kept beside the user's other caches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+NUM_TOKENS = 128
+METHOD = 1  # a new number makes what older versions have kept be measured again
+
+
+def measure(model: nn.Module, token_ids: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """The importance, float32 [in_features], of each `nn.Linear` of a Transformers `model` that is reached, by name.
+
+    `token_ids` int64 [batch, tokens]; by default `NUM_TOKENS` random ones, always the same.
+    """
+    sums: dict[str, torch.Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def add(name: str, x: torch.Tensor) -> None:
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        sums[name] = sums.get(name, 0) + rows.square().sum(0)
+        counts[name] = counts.get(name, 0) + len(rows)
+
+    if token_ids is None:
+        token_ids = random_token_ids(model.config)
+    with torch.inference_mode(), _inputs_of_linears(model, add):
+        model(input_ids=token_ids, use_cache=False)
+    return {name: (total / counts[name]).cpu() for name, total in sums.items() if total.isfinite().all()}
+
+
+def of_model(model: nn.Module) -> dict[str, torch.Tensor]:
+    """`measure`, or nothing, with one line that says why, for a model that takes no token ids."""
+    try:
+        return measure(model)
+    except Exception as error:  # whatever the model raises
+        _say_unknown(error)
+        return {}
+
+
+def random_token_ids(config: Any) -> torch.Tensor:
+    """int64 [1, `NUM_TOKENS`], evenly distributed over the vocabulary."""
+    size = config.get_text_config().vocab_size
+    return torch.randint(0, size, (1, NUM_TOKENS), generator=torch.Generator().manual_seed(0))
+
+
+def of_checkpoint(model_path: str) -> Path | None:
+    """The file with the importance of the inputs of the checkpoint at `model_path`, a directory or Hugging Face name.
+
+    It is measured now if it is not in the cache. None, with one line that says why, for a model that Transformers
+    cannot run.
+    """
+    try:
+        path = _cache_file(model_path)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                save_file(_measure_checkpoint(model_path, folder), Path(folder) / "importance")
+                (Path(folder) / "importance").replace(path)
+        return path
+    except Exception as error:  # whatever Transformers raises: weights are rounded without it
+        _say_unknown(error)
+        return None
+
+
+def read(path: Path | None) -> dict[str, torch.Tensor]:
+    """What `of_checkpoint` keeps, by the names of Transformers' modules; nothing for None."""
+    return {} if path is None else load_file(path)
+
+
+def find(importance: Mapping[str, torch.Tensor], name: str, merged: Mapping[str, list[str]]) -> torch.Tensor | None:
+    """The importance of the inputs of vLLM's layer `name`, or None.
+
+    `merged` names the layers of the checkpoint that one of vLLM's holds. A model of several parts can have other
+    prefixes there than in Transformers, so the longest common end of the name decides.
+    """
+    parent, _, last = name.rpartition(".")
+    first = merged.get(last, [last])[0]
+    wanted = f"{parent}.{first}" if parent else first
+    found = importance.get(wanted)
+    if found is None:
+        ends = [key for key in importance if f".{key}".endswith(f".{_from_layers(wanted)}")]
+        found = importance[ends[0]] if len(ends) == 1 else None
+    return found
+
+
+def _say_unknown(error: Exception) -> None:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    logger.warning("weights are rounded without knowing which inputs matter: Transformers cannot run it (%s)", reason)
+
+
+def _from_layers(name: str) -> str:
+    """The name from "layers." on, which is where Transformers and vLLM agree."""
+    start = name.find("layers.")
+    return name if start < 0 else name[start:]
+
+
+def _measure_checkpoint(model_path: str, folder: str) -> dict[str, torch.Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    # "disk": Transformers reads each module's weights from the checkpoint's own files when it is called.
+    model = AutoModelForCausalLM.from_pretrained(
+        model_path, dtype=torch.float32, device_map={"": "disk"}, offload_folder=folder, local_files_only=False
+    ).eval()
+    if any(parameter.device.type != "meta" for parameter in model.parameters() if parameter.ndim > 1):
+        logger.debug("some weights of %s are in memory", model_path)
+    layers = getattr(model.get_decoder(), "layers", [])
+    with tqdm(total=len(layers), desc="Measuring which inputs matter", unit="layer") as bar:
+        hooks = [layer.register_forward_hook(lambda *_: bar.update() and None) for layer in layers]
+        result = measure(model)
+        for hook in hooks:
+            hook.remove()
+    return result
+
+
+@contextmanager
+def _inputs_of_linears(model: nn.Module, add: Any) -> Iterator[None]:
+    def hook(name: str) -> Any:
+        return lambda _, inputs: add(name, inputs[0])
+
+    hooks = [
+        module.register_forward_pre_hook(hook(name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def _cache_file(model_path: str) -> Path:
+    """Where the importance of these very files is kept."""
+    key = hashlib.sha256(f"{METHOD} {NUM_TOKENS} {version('transformers')}".encode())
+    folder = Path(model_path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(model_path, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"]))
+    for file in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+        facts = file.stat()
+        key.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "ipex-vllm" / "importance" / f"{folder.resolve().name[:64]}-{key.hexdigest()[:16]}.safetensors"
