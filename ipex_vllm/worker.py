@@ -28,6 +28,7 @@ from ipex_vllm.engines.generation import Generation, RequestError
 from ipex_vllm.engines.load import ENGINES, EngineLoader
 from ipex_vllm.errors import EngineError, root_cause, run_main
 from ipex_vllm.lifetime import die_with_parent
+from ipex_vllm.machine.checkpoint import check_files
 from ipex_vllm.machine.facts import MachineFacts
 from ipex_vllm.machine.model import ModelFacts
 from ipex_vllm.options import Parser, WorkerOptions, add_options, from_namespace, layered_arguments
@@ -88,6 +89,8 @@ def prepare(
         check_template_name(options.conv_template)
     engine_class.check(options, engine_args)
     demands = engine_class.demands(engine_args)
+    if demands.reads_checkpoint and not options.explain:
+        check_weight_files(options.model_path)
     model = ModelFacts.read(options.model_path).share_of(demands.num_hosts)
     planner = PLANNERS[options.device]
     plan = replace(planner.choose(planner.probe(machine), options, model, demands), engine_args=engine_args)
@@ -136,6 +139,15 @@ def check_model_directory(model_path: str) -> None:
     if is_path and not (path / "config.json").exists():
         reason = "holds no config.json" if path.exists() else "does not exist"
         raise EngineError(f"--model-path {model_path} {reason}: give the directory of a Hugging Face model")
+
+
+def check_weight_files(model_path: str) -> None:
+    """Raise EngineError for a model directory whose weights are not all there."""
+    if Path(model_path).is_dir():
+        try:
+            check_files(Path(model_path))
+        except ValueError as error:
+            raise EngineError(f"--model-path: {error}") from error
 
 
 async def serve(engine_class: type[Engine], options: WorkerOptions, plan: Plan, sock: socket.socket) -> int:

@@ -1,16 +1,19 @@
 import json
 import pickle
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from ipex_vllm.low_bit import vllm_arguments
+from ipex_vllm.low_bit.completeness import check_checkpoint
 from ipex_vllm.low_bit.formats import FORMATS, Format, resolve
 from ipex_vllm.low_bit.layout import from_tensors, meta_tensors, to_tensors
 from ipex_vllm.low_bit.quantize import dequantize, quantize
@@ -127,6 +130,92 @@ def test_saving_again_or_over_something_is_refused(model: Path) -> None:
         save(str(model), FORMATS["sym_int4"], out)
     with pytest.raises(ValueError, match="there is nothing to save"):
         save(str(model), FORMATS["bf16"], model.parent / "other")
+
+
+def rewrite(model: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(model / "model.safetensors")
+    change(tensors)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.k_proj.weight", "model.norm.weight", "lm_head.weight"])
+def test_a_checkpoint_without_one_of_its_tensors_is_not_saved(name: str, model: Path) -> None:
+    rewrite(model, lambda tensors: tensors.pop(name))
+    out = model.parent / "out"
+    with pytest.raises(ValueError, match=f"lacks 1 of the model's tensors: {name}"):
+        save(str(model), FORMATS["sym_int4"], out)
+    assert not out.exists()
+
+
+def test_a_tensor_of_another_shape_is_not_saved(model: Path) -> None:
+    rewrite(model, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(64)}))
+    with pytest.raises(ValueError, match=r"other shapes than the model's: model\.norm\.weight \(64,\), not \(128,\)"):
+        save(str(model), FORMATS["sym_int4"], model.parent / "out")
+
+
+def test_a_saved_checkpoint_that_lost_a_tensor_is_told(model: Path) -> None:
+    out = model.parent / "out"
+    save(str(model), FORMATS["asym_int4"], out)
+    check_checkpoint(out)
+    (out / "model.safetensors.index.json").unlink()
+    rewrite(out, lambda tensors: tensors.pop("model.layers.0.mlp.up_proj.weight_min"))
+    with pytest.raises(ValueError, match=r"lacks 1 of the model's tensors: .*up_proj\.weight_min"):
+        check_checkpoint(out)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_checkpoint_in_pytorchs_files_is_saved(is_tied: bool, tmp_path: Path) -> None:
+    model = save_llama(tmp_path / "model", tie_word_embeddings=is_tied)
+    save(str(model), FORMATS["sym_int4"], tmp_path / "expected")
+    tensors = load_file(model / "model.safetensors")
+    tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
+    torch.save(tensors, model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    save(str(model), FORMATS["sym_int4"], tmp_path / "out")
+    expected, saved = (load_file(tmp_path / name / "model.safetensors") for name in ("expected", "out"))
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], expected[name]) for name in expected)
+
+
+def test_mistrals_own_layout_is_left_out_and_alone_refused(model: Path) -> None:
+    out = model.parent / "out"
+    (model / "params.json").write_text("{}")
+    shutil.copy(model / "model.safetensors", model / "consolidated.safetensors")
+    save(str(model), FORMATS["sym_int4"], out)
+    assert not (out / "consolidated.safetensors").exists()
+    assert not (out / "params.json").exists()
+    (model / "model.safetensors").unlink()
+    rewritten = {f"mistral.{name}": tensor for name, tensor in load_file(model / "consolidated.safetensors").items()}
+    save_file(rewritten, model / "consolidated.safetensors")
+    with pytest.raises(ValueError, match="names its tensors otherwise than Transformers does"):
+        save(str(model), FORMATS["sym_int4"], model.parent / "other")
+    assert not (model.parent / "other").exists()
+
+
+def test_a_model_without_linear_layers_is_refused(tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=128)).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="has no linear layer that could be quantized"):
+        save(str(tmp_path / "model"), FORMATS["sym_int4"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_half_a_checkpoint_is_not_left_behind(model: Path) -> None:
+    rewrite(model, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].fill_(float("nan")))
+    with pytest.raises(ValueError, match="not finite"):
+        save(str(model), FORMATS["sym_int4"], model.parent / "out")
+    assert not (model.parent / "out").exists()
+
+
+def test_the_command_knows_the_demo_and_that_a_file_is_no_directory(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ipex_vllm.low_bit", "save", "--model-path", "demo", "--low-bit", "sym_int4"]
+    result = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    check_checkpoint(tmp_path / "out")
+    result = subprocess.run([*command, "--out", str(tmp_path / "out/config.json")], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        f"error: --out {tmp_path}/out/config.json is a file: give a directory, new or empty"
+    ]
 
 
 def test_the_command_reports_a_mistake_in_one_line(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from ipex_vllm.engines.generation import Delta, Generation, InternalError, Inval
 from ipex_vllm.engines.older_transformers import readable_model
 from ipex_vllm.engines.tokenization import PromptEncoder
 from ipex_vllm.errors import EngineError, OneLine, OptionError, root_cause
+from ipex_vllm.low_bit.completeness import check_loaded, loading_report
 from ipex_vllm.low_bit.hf import quantize_model
 from ipex_vllm.options import WorkerOptions
 from ipex_vllm.plan.plan import Demands, Plan, weight_format
@@ -209,7 +210,11 @@ def load_model(path: str, plan: Plan) -> Any:
     if format is not None:
         # Low-bit kernels take their activations in bfloat16.
         dtype = format.dtype if format.kind == "dtype" else "bfloat16"
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+    )
+    # Transformers fills what is missing with random numbers, and says so in a table.
+    check_loaded(path, *loading_report(report))
     if format is not None and format.kind != "dtype":
         quantize_model(model, format.name, head=plan.low_bit_head)
     return model.to(plan.device).eval()

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ipex_vllm.errors import EngineError, OptionError
+from ipex_vllm.low_bit.completeness import check_loaded, loading_report
 from ipex_vllm.options import WorkerOptions
 
 LOW_BIT_FORMATS = ("bf16", "fp32", "sym_int8", "sym_int4")
@@ -46,7 +47,10 @@ def load_with_ipex(model_path: str, low_bit: str | None, trust_remote_code: bool
     dtype = torch.float32 if low_bit == "fp32" else torch.bfloat16
     quantization = weights_only(ipex, low_bit) if low_bit in ("sym_int8", "sym_int4") else None
     # Transformers' name for it in the releases that the extension supports.
-    model = AutoModelForCausalLM.from_pretrained(model_path, torch_dtype=dtype, trust_remote_code=trust_remote_code)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        model_path, torch_dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+    )
+    check_loaded(model_path, *loading_report(report))
     optimized = ipex.llm.optimize(model.eval(), dtype=dtype, quantization_config=quantization, inplace=True)
     is_quantized = any(isinstance(layer, ipex.nn.modules.WeightOnlyQuantizedLinear) for layer in optimized.modules())
     if quantization is not None and not is_quantized:  # it has only logged that it does not

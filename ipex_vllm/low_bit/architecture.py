@@ -27,9 +27,11 @@ def local_directory(model_path: str) -> Path:
         return Path(model_path)
     from huggingface_hub import snapshot_download
 
-    return Path(
-        snapshot_download(model_path, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"])
-    )
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    folder = Path(snapshot_download(model_path, allow_patterns=patterns))
+    if not any(folder.glob("*.safetensors")):
+        folder = Path(snapshot_download(model_path, allow_patterns=[*patterns, "*.bin"]))
+    return folder
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,13 @@ class Linears:
         shapes: (out_features, in_features) of those whose weights a checkpoint has, by name.
         head: the output head's name, None without one.
         is_tied: whether the head shares the embedding's weight; it is not among the shapes then.
+        others: the shapes of all other parameters, the linear layers' biases among them, by name.
     """
 
     shapes: dict[str, tuple[int, int]]
     head: str | None
     is_tied: bool
+    others: dict[str, tuple[int, ...]]
 
 
 def linear_layers(source: Path) -> Linears:
@@ -52,7 +56,7 @@ def linear_layers(source: Path) -> Linears:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, trust_remote_code=False))
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     output, is_tied = model.get_output_embeddings(), bool(model.config.tie_word_embeddings)
     head = next((name for name, linear in linears.items() if linear is output), None)
@@ -61,4 +65,6 @@ def linear_layers(source: Path) -> Linears:
         for name, linear in linears.items()
         if not (is_tied and name == head)
     }
-    return Linears(shapes, head, is_tied and head is not None)
+    weights = {f"{name}.weight" for name in linears}
+    others = {name: tuple(each.shape) for name, each in model.named_parameters() if name not in weights}
+    return Linears(shapes, head, is_tied and head is not None, others)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,17 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ipex_vllm.low_bit.architecture import Linears, linear_layers, local_directory
+from ipex_vllm.low_bit.completeness import check_checkpoint
 from ipex_vllm.low_bit.formats import Format
 from ipex_vllm.low_bit.layout import to_tensors
 from ipex_vllm.low_bit.quantize import quantize
 from ipex_vllm.low_bit.readers import ours, quantized_in
 from ipex_vllm.low_bit.recipe import Recipe, Storage, on_save, summarize_kept
+from ipex_vllm.machine.checkpoint import SAFETENSORS_INDEX as INDEX
+from ipex_vllm.machine.checkpoint import header_of, some, weight_files
+
+# Of files that are not written here, and of their other layout, which vLLM would look for.
+DESCRIBE_THE_SOURCE = ("pytorch_model.bin.index.json", "consolidated.safetensors.index.json", "params.json")
 
 
 def save(model_path: str, format: Format, out: Path, head: str | None = None, group_size: int | None = None) -> None:
@@ -25,45 +32,85 @@ def save(model_path: str, format: Format, out: Path, head: str | None = None, gr
     The weights of the linear layers are replaced one by one, so memory holds one file of the result at a time. `head`
     and `group_size` are those of `recipe.on_save`. What is stored in sym_int4, sym_int8 and fp8_e4m3 only is marked as
     compressed-tensors, which vLLM and others open without this package.
-    Raises ValueError for a dtype format, a checkpoint that is quantized already, or an `out` that is not empty.
+    Raises ValueError for a dtype format, a checkpoint that is quantized already, is not complete or has no layer to
+    quantize, or an `out` that is not an empty directory; then nothing is left of `out`.
     """
     if format.kind == "dtype":
         raise ValueError(f"{format.name} quantizes nothing; there is nothing to save")
     recipe = on_save(format, head, group_size)
     if (existing := quantized_in(model_path)) is not None:
         raise ValueError(f"{model_path} is already quantized ({existing.description})")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: give a directory")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty")
     source = local_directory(model_path)
+    check_checkpoint(source)
     linears = linear_layers(source)
     stored = {
         name: recipe.storage(name, in_features, is_head=name == linears.head)
         for name, (_, in_features) in linears.shapes.items()
     }
+    check_quantizable(source, linears, stored)
     out.mkdir(parents=True, exist_ok=True)
+    try:
+        _write(source, out, recipe, linears, stored)
+        check_checkpoint(out)
+    except BaseException:  # Ctrl-C as well: half a checkpoint looks like a whole one
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
+def check_quantizable(source: Path, linears: Linears, stored: dict[str, Storage | str]) -> None:
+    """Raise ValueError where `save` would leave the layers of a model as they are."""
+    if not any(isinstance(storage, Storage) for name, storage in stored.items() if name != linears.head):
+        why = "; ".join(summarize_kept((name, reason) for name, reason in stored.items() if isinstance(reason, str)))
+        raise ValueError(f"{source} has no linear layer that could be quantized{f': {why}' if why else ''}")
+    found = {name for file in weight_files(source) for name in names_in(file)}
+    if lost := [
+        name for name, storage in stored.items() if isinstance(storage, Storage) and f"{name}.weight" not in found
+    ]:
+        raise ValueError(f"{source} names its tensors otherwise than Transformers does: it has no {some(lost)}")
+
+
+def names_in(file: Path) -> Iterable[str]:
+    """The names of the tensors in one of a checkpoint's files."""
+    return header_of(file) if file.suffix == ".safetensors" else (name for name, _ in ours.tensors_of(file))
+
+
+def _write(source: Path, out: Path, recipe: Recipe, linears: Linears, stored: dict[str, Storage | str]) -> None:
     index: dict[str, str] = {}
     quantized = {name: storage for name, storage in stored.items() if isinstance(storage, Storage)}
-    with tqdm(total=len(quantized), desc=f"Quantizing to {format.name}", unit="layer") as bar:
-        for file in sorted(source.glob("*.safetensors")):
+    left: list[str] = []
+    with tqdm(total=len(quantized), desc=f"Quantizing to {recipe.format.name}", unit="layer") as bar:
+        for file in weight_files(source):
             tensors: dict[str, torch.Tensor] = {}
             for name, tensor in ours.tensors_of(file):
                 layer, _, kind = name.rpartition(".")
+                if linears.is_tied and layer == linears.head:
+                    continue  # a `.bin` has it, as another name of the embedding
                 if kind != "weight" or layer not in quantized:
-                    tensors[name] = tensor
+                    tensors[name] = tensor if file.suffix == ".safetensors" else tensor.clone().contiguous()
+                    if tensor.dim() > 1 and layer not in stored:
+                        left.append(name)
                     continue
                 storage = quantized[layer]
                 for suffix, part in to_tensors(quantize(tensor, storage.format, storage.group_size or 0)).items():
                     tensors[f"{layer}.{suffix}"] = part
                 bar.update()
-            save_file(tensors, out / file.name, metadata={"format": "pt"})
-            index |= dict.fromkeys(tensors, file.name)
+            name = file.with_suffix(".safetensors").name.replace("pytorch_model", "model", 1)
+            save_file(tensors, out / name, metadata={"format": "pt"})
+            index |= dict.fromkeys(tensors, name)
         for line in summarize_kept((name, reason) for name, reason in stored.items() if isinstance(reason, str)):
             bar.write(line)
-    _write_json(out / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
+        if left:
+            bar.write(f"not quantized: {some(left)} (no linear layer's)")
+    _write_json(out / INDEX, {"metadata": {}, "weight_map": index})
     config = json.loads((source / "config.json").read_text())
     _write_json(out / "config.json", config | {"quantization_config": _quantization_config(recipe, linears, stored)})
     for file in source.iterdir():
-        if file.suffix in (".json", ".jinja", ".model", ".txt") and not (out / file.name).exists():
+        is_copied = file.suffix in (".json", ".jinja", ".model", ".txt") and file.name not in DESCRIBE_THE_SOURCE
+        if is_copied and not (out / file.name).exists():
             shutil.copy(file, out)
 
 

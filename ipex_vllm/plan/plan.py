@@ -23,6 +23,7 @@ class Demands:
         num_stages: the pipeline's length, over all hosts.
         dtype: what the user told the engine itself to compute in, by PyTorch's name; None leaves it open.
         max_model_len: the context that the user asked for, in tokens; None for the model's own.
+        reads_checkpoint: the weights come from the model directory's safetensors or PyTorch files.
     """
 
     num_ranks: int = 1
@@ -30,6 +31,7 @@ class Demands:
     num_stages: int = 1
     dtype: str | None = None
     max_model_len: int | None = None
+    reads_checkpoint: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

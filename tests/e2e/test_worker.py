@@ -1,6 +1,7 @@
 """A worker as a process: how it starts, refuses to start, drains and dies. On a random model: no answer matters."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
 from benchmarks.make_model import make_model
 from tests.processes import ROOT, eventually, fastchat_controller, listed_models, worker
@@ -42,6 +44,15 @@ def fails(*arguments: str, status: int, **environ: str) -> str:
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: "), done.stderr
     return last
+
+
+def test_a_model_that_lacks_a_tensor_is_not_served(model: str, tmp_path: Path) -> None:
+    incomplete = Path(shutil.copytree(model, tmp_path / "model"))
+    tensors = load_file(incomplete / "model.safetensors")
+    lost = next(name for name in tensors if name.endswith("k_proj.weight"))  # vLLM merges it with others
+    del tensors[lost]
+    save_file(tensors, incomplete / "model.safetensors", metadata={"format": "pt"})
+    assert f"lacks 1 of the model's tensors: {lost}" in fails("--model-path", str(incomplete), status=1)
 
 
 def test_sigterm_under_load_loses_nothing(model: str, controller: str, tmp_path: Path) -> None:

@@ -21,10 +21,11 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ipex_vllm.demo import MODEL_DIR
 from ipex_vllm.engines.generation import Generation
-from ipex_vllm.errors import OneLine, OptionError
+from ipex_vllm.errors import EngineError, OneLine, OptionError
 from ipex_vllm.low_bit.hf import HfLowBitLinear
 from ipex_vllm.low_bit.kernels.base import LowBitLinear
 from ipex_vllm.machine.facts import MachineFacts
@@ -120,6 +121,16 @@ def test_a_stream_grows_to_the_same_text(url: str) -> None:
     assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
     assert texts[-1] == generate(url, **params)["text"]
     assert [frame["finish_reason"] for frame in frames[-2:]] == [None, "length"]
+
+
+@pytest.mark.parametrize("low_bit", ["fp32", "sym_int8"])
+def test_a_model_that_lacks_a_tensor_is_not_served(low_bit: str, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(MODEL_DIR, tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(EngineError, match=r"lacks 1 of the model's tensors: model\.norm\.weight"):
+        start(model, low_bit=low_bit)
 
 
 def test_the_end_of_a_turn_ends_the_text_unless_it_is_ignored(url: str) -> None:

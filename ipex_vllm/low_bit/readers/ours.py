@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from ipex_vllm.low_bit.formats import resolve
 from ipex_vllm.low_bit.readers.base import ExistingQuantization
 from ipex_vllm.low_bit.recipe import NONE, Recipe
+from ipex_vllm.machine.checkpoint import weight_files
 
 # The entry of config.json's `quantization_config` that marks a checkpoint as written here.
 MARK = "ipex_vllm_format"
@@ -46,13 +48,19 @@ def recipe_of(quantization: dict[str, Any]) -> Recipe:
 
 
 def read(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of the checkpoint, or of any other in safetensors files, one at a time."""
-    for file in sorted(directory.glob("*.safetensors")):
+    """Yield the tensors of the checkpoint, or of any other that is not quantized, one at a time."""
+    for file in weight_files(directory):
         yield from tensors_of(file)
 
 
 def tensors_of(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of one safetensors file, by name."""
+    """Yield the tensors of one file, by name; of a `.bin` as plain tensors, so one that would run code is refused."""
+    if file.suffix == ".bin":
+        try:
+            yield from torch.load(file, map_location="cpu", weights_only=True).items()
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(f"{file} is cut off, or holds more than tensors: it is not opened") from error
+        return
     with safe_open(file, framework="pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118  (a safetensors file is no mapping)
             yield name, tensors.get_tensor(name)
