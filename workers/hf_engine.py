@@ -31,14 +31,13 @@ from ipex_vllm.errors import EngineError, OneLine, OptionError, root_cause
 from ipex_vllm.low_bit.completeness import check_loaded, loading_report
 from ipex_vllm.low_bit.hf import quantize_model
 from ipex_vllm.options import WorkerOptions
-from ipex_vllm.plan.plan import Demands, Plan, weight_format
+from ipex_vllm.plan.plan import DEFAULT_CONTEXT_LENGTH, Demands, Plan, weight_format
 from workers.hf_generation import GenerationRun
 from workers.hf_ipex import check_for_ipex, load_with_ipex
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-DEFAULT_CONTEXT_LENGTH = 2048  # vLLM's, for a model that tells none
 MAX_CONTEXT_LENGTH = 1 << 30  # a tokenizer that knows no limit says a larger number
 EMBEDDING_BATCH_TOKENS = 2048  # with padding
 

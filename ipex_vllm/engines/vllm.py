@@ -26,6 +26,7 @@ from ipex_vllm.plan.plan import Demands, Plan
 logger = logging.getLogger(__name__)
 
 HEALTH_INTERVAL_S = 0.5
+FITTED_CONTEXT = -1  # what vLLM makes of `--max-model-len auto`
 
 # Values of --load-format that read a model directory's own files; others bring files of their own, or none.
 CHECKPOINT_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
@@ -67,7 +68,8 @@ class VllmEngine(Engine):
             num_hosts=args.nnodes,
             num_stages=args.pipeline_parallel_size,
             dtype=None if args.dtype == "auto" else args.dtype,
-            max_model_len=args.max_model_len,
+            max_model_len=None if args.max_model_len == FITTED_CONTEXT else args.max_model_len,
+            fits_context=args.max_model_len == FITTED_CONTEXT,
             reads_checkpoint=args.load_format in CHECKPOINT_FORMATS,
         )
 

@@ -14,7 +14,7 @@ from ipex_vllm.errors import EngineError, OptionError
 from ipex_vllm.machine.facts import GIB, MachineFacts
 from ipex_vllm.machine.model import ModelFacts
 from ipex_vllm.options import WorkerOptions
-from ipex_vllm.plan.plan import Demands, Plan, weight_bytes
+from ipex_vllm.plan.plan import MIN_FITTED_CONTEXT, Demands, Plan, wanted_context, weight_bytes
 
 # From this many cores a node spares one for the HTTP server and the scheduler. On fewer, the lost core costs more
 # than sharing does: on 2 cores, half of the arithmetic.
@@ -183,7 +183,7 @@ def _choose_kv_cache(
         size = min(KV_CACHE_DEFAULT_BYTES, int(machine.memory_available * KV_CACHE_SHARE / 2)) // num_ranks
         return size, "the model's size is not known yet; --kv-cache-gib changes it"
     free = machine.memory_available - loaded - PROCESS_MEMORY_BYTES
-    context = demands.max_model_len or model.max_position or 2048
+    context = wanted_context(model, demands)
     # vLLM keeps keys and values in the dtype that it computes in.
     token_bytes = model.kv_bytes_per_token * (2 if options.low_bit == "fp32" or demands.dtype == "float32" else 1)
     one_sequence = context * token_bytes
@@ -194,6 +194,9 @@ def _choose_kv_cache(
     on_nodes = len(nodes) * min(machine.node_available.get(node, machine.memory_available) for node in nodes)
     # One sequence may take all that is free, whatever the nodes count: less would be of no use.
     size = max(min(size, on_nodes - loaded), min(free, one_sequence))
+    if demands.fits_context:
+        context = max(min(context, size // token_bytes), MIN_FITTED_CONTEXT)
+        one_sequence = context * token_bytes
     if size < one_sequence:
         raise EngineError(
             f"too little memory: {machine.memory_available / GIB:.1f} GiB free, "

@@ -12,6 +12,9 @@ from ipex_vllm.low_bit.sizes import loaded_bytes
 from ipex_vllm.machine.model import ModelFacts
 from ipex_vllm.options import Device, WorkerOptions
 
+DEFAULT_CONTEXT_LENGTH = 2048  # vLLM's, for a model that tells none
+MIN_FITTED_CONTEXT = 256  # tokens; a context that was shortened to less than this is of no use
+
 
 @dataclass(frozen=True, kw_only=True)
 class Demands:
@@ -23,6 +26,7 @@ class Demands:
         num_stages: the pipeline's length, over all hosts.
         dtype: what the user told the engine itself to compute in, by PyTorch's name; None leaves it open.
         max_model_len: the context that the user asked for, in tokens; None for the model's own.
+        fits_context: the engine shortens the context to what the KV cache holds.
         reads_checkpoint: the weights come from the model directory's safetensors or PyTorch files.
     """
 
@@ -31,6 +35,7 @@ class Demands:
     num_stages: int = 1
     dtype: str | None = None
     max_model_len: int | None = None
+    fits_context: bool = False
     reads_checkpoint: bool = True
 
 
@@ -63,6 +68,15 @@ class Plan:
     memory_share: float | None = None
     lines: tuple[str, ...] = ()
     engine_args: argparse.Namespace = field(default_factory=argparse.Namespace)
+
+
+def wanted_context(model: ModelFacts, demands: Demands) -> int:
+    """The context to plan for, in tokens. Raises OptionError."""
+    if demands.max_model_len is None:
+        return model.max_position or DEFAULT_CONTEXT_LENGTH
+    if demands.max_model_len < 1:
+        raise OptionError(f"--max-model-len {demands.max_model_len}: a context has at least one token")
+    return demands.max_model_len
 
 
 def weight_format(low_bit: str | None, head: str | None = None, device: Device = "cpu") -> Format | None:

@@ -13,11 +13,10 @@ from ipex_vllm.errors import EngineError
 from ipex_vllm.machine.facts import GIB, MachineFacts
 from ipex_vllm.machine.model import ModelFacts
 from ipex_vllm.options import WorkerOptions
-from ipex_vllm.plan.plan import Demands, Plan, weight_bytes
+from ipex_vllm.plan.plan import MIN_FITTED_CONTEXT, Demands, Plan, wanted_context, weight_bytes
 
 MEMORY_SHARE = 0.92  # vLLM's own default for a card that is free; the rest is the driver's and the desktop's
 ACTIVATION_BYTES = GIB  # of a prefill step, and oneDNN's and oneCCL's buffers
-DEFAULT_CONTEXT_LENGTH = 2048
 
 # They choose which cards PyTorch sees; the numbers count what the one before leaves.
 SELECTORS = ("ZE_AFFINITY_MASK", "ONEAPI_DEVICE_SELECTOR")
@@ -83,7 +82,7 @@ def choose(
         raise EngineError(f"--device xpu: {num_ranks} GPUs are asked for and PyTorch sees {len(cards)}")
     used = cards[:num_ranks]
     utilization = min(MEMORY_SHARE, *(MEMORY_SHARE * card.memory_free / card.memory_total for card in used))
-    kv_cache_bytes, kv_reason = _choose_kv_cache(used, options, model, utilization, demands.max_model_len)
+    kv_cache_bytes, kv_reason = _choose_kv_cache(used, options, model, utilization, demands)
     names = ", ".join(
         f"{card.name} ({card.memory_free / GIB:.1f} of {card.memory_total / GIB:.1f} GiB)" for card in used
     )
@@ -111,7 +110,7 @@ def choose(
 
 
 def _choose_kv_cache(
-    cards: Sequence[Card], options: WorkerOptions, model: ModelFacts, utilization: float, max_model_len: int | None
+    cards: Sequence[Card], options: WorkerOptions, model: ModelFacts, utilization: float, demands: Demands
 ) -> tuple[int, str]:
     if options.kv_cache_gib is not None:
         return int(options.kv_cache_gib * GIB), "chosen with --kv-cache-gib"
@@ -120,7 +119,9 @@ def _choose_kv_cache(
     if weights is None or model.kv_bytes_per_token is None:
         return budget // 2, "the model's size is not known yet; vLLM measures what is left"
     size = budget - weights // len(cards) - ACTIVATION_BYTES
-    context = max_model_len or model.max_position or DEFAULT_CONTEXT_LENGTH
+    context = wanted_context(model, demands)
+    if demands.fits_context:
+        context = max(min(context, size * len(cards) // model.kv_bytes_per_token), MIN_FITTED_CONTEXT)
     one_sequence = context * model.kv_bytes_per_token // len(cards)
     if size < one_sequence:
         raise EngineError(

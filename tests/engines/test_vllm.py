@@ -34,3 +34,10 @@ def test_the_heads_format_goes_to_vllm_beside_what_the_user_tells_its_plugins() 
 def test_a_head_beside_weights_that_stay_is_refused_in_one_line() -> None:
     with pytest.raises(OptionError, match="--low-bit: a format for the output head"):
         low_bit_arguments(low_bit_head="none")
+
+
+def test_auto_asks_for_a_context_that_fits() -> None:
+    parser = argparse.ArgumentParser()
+    VllmEngine.add_arguments(parser)
+    demands = [VllmEngine.demands(parser.parse_args(["--max-model-len", value])) for value in ("auto", "-1", "2k")]
+    assert [(each.max_model_len, each.fits_context) for each in demands] == [(None, True), (None, True), (2000, False)]

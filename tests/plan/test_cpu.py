@@ -39,6 +39,27 @@ def line(plan: Plan, subject: str) -> str:
     return next(text for text in plan.lines if text.startswith(f"{subject}: "))
 
 
+# Context
+
+
+def test_a_context_that_is_to_fit_is_the_most_that_does(small_box):
+    machine = small_box.probe()
+    long = replace(MODEL_1B, max_position=4_000_000)
+    with pytest.raises(EngineError, match="too little memory"):
+        make_plan(machine, WorkerOptions(), long)
+    plan = make_plan(machine, WorkerOptions(), long, fits_context=True)
+    assert plan.kv_cache_bytes > 10 * GIB
+    assert f"1 sequences of {plan.kv_cache_bytes // 22_528};" in line(plan, "KV cache")
+    whole = make_plan(machine, WorkerOptions(), MODEL_1B)
+    assert make_plan(machine, WorkerOptions(), MODEL_1B, fits_context=True) == whole
+
+
+@pytest.mark.parametrize("max_model_len", [0, -2])
+def test_a_context_without_a_token_is_refused(small_box, max_model_len):
+    with pytest.raises(OptionError, match=f"--max-model-len {max_model_len}: a context has at least one token"):
+        make_plan(small_box.probe(), WorkerOptions(), MODEL_1B, max_model_len=max_model_len)
+
+
 # Cores
 
 
