@@ -14,7 +14,7 @@ help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
 serve: $(VENV)/.ready env-webui  ## start controller, worker, API server and web UI; MODEL=path DEVICE=cpu|xpu ARGS="..."
-	@exec $(BIN)/python -m ipex_vllm.up --model-path $(MODEL) --device $(DEVICE) $(ARGS)
+	@exec $(BIN)/python -m ipex_vllm.up --model-path '$(MODEL)' --device $(DEVICE) $(ARGS)
 
 test: $(VENV)/.ready lint env-webui chromium deploy-tools  ## lint, type-check and run all tests but ipex-llm's own
 	$(BIN)/python -m pytest

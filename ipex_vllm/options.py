@@ -10,10 +10,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -29,9 +30,19 @@ TRUE_WORDS, FALSE_WORDS = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"
 Device = Literal["cpu", "xpu"]
 
 
-def option(help: str, default: Any = MISSING, *, aliases: Sequence[str] = (), secret: bool = False) -> Any:
-    """A dataclass field that is a flag. A secret one is left out of the dataclass' repr."""
-    return field(default=default, repr=not secret, metadata={"help": help, "aliases": tuple(aliases)})
+def option(
+    help: str,
+    default: Any = MISSING,
+    *,
+    aliases: Sequence[str] = (),
+    secret: bool = False,
+    parse: Callable[[str], Any] | None = None,
+) -> Any:
+    """A dataclass field that is a flag. A secret one is left out of the dataclass' repr.
+
+    `parse` makes the value of a text, or raises argparse.ArgumentTypeError; by default the field's type does.
+    """
+    return field(default=default, repr=not secret, metadata={"help": help, "aliases": tuple(aliases), "parse": parse})
 
 
 def same_option(cls: Any, name: str) -> Any:
@@ -40,13 +51,67 @@ def same_option(cls: Any, name: str) -> Any:
     return field(default=entry.default, repr=entry.repr, metadata=entry.metadata)
 
 
+def whole_number(lowest: int, highest: float = math.inf) -> Callable[[str], int]:
+    """What parses a whole number in these bounds."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = None
+        if number is None or not lowest <= number <= highest:
+            bounds = f"from {lowest} to {highest}" if highest < math.inf else f"of at least {lowest}"
+            raise argparse.ArgumentTypeError(f"expected a whole number {bounds}, not {text!r}")
+        return number
+
+    return parse
+
+
+def seconds(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected seconds, 0 or more, not {text!r}")
+    return number
+
+
+def names(text: str) -> str:
+    if not split_names(text):
+        raise argparse.ArgumentTypeError(f"expected a name, or several with commas between them, not {text!r}")
+    return text
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def path_or_name(text: str) -> str:
+    """A model's path, its `~` made a home directory (a shell does that, a file and a variable do not), or its name."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a model directory or a Hugging Face name, and it is empty")
+    return str(Path(text).expanduser()) if text.startswith("~") else text
+
+
+def not_empty(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
+port_number = whole_number(1, 65535)
+
+
 @dataclass(frozen=True, kw_only=True)
 class WorkerOptions:
     """Where a worker listens, what it serves and how much it takes on."""
 
-    model_path: str = option('model directory or Hugging Face name; "demo" is the model in this package', "demo")
+    model_path: str = option(
+        'model directory or Hugging Face name; "demo" is the model in this package', "demo", parse=path_or_name
+    )
     model_names: str | None = option(
-        "names shown to clients, comma separated; default: the model path's last part", None
+        "names shown to clients, comma separated; default: the model path's last part", None, parse=names
     )
     device: Device = option("what computes", "cpu")
     low_bit: str | None = option(
@@ -59,14 +124,18 @@ class WorkerOptions:
     )
     conv_template: str | None = option("FastChat conversation template; default: the model's own chat template", None)
     host: str = option("address to listen on; anything but loopback opens the worker to the network", "127.0.0.1")
-    port: int = option("port to listen on", 21002)
+    port: int = option("port to listen on", 21002, parse=port_number)
     worker_address: str | None = option("URL under which the controller reaches this worker", None)
     controller_address: str = option("URL of FastChat's controller", "http://127.0.0.1:21001")
     no_register: bool = option("do not register with a controller", False)
-    limit_worker_concurrency: int = option("requests served at once", 1024)
-    limit_worker_queue: int = option("requests that may wait beyond those; more are refused", 256)
-    drain_timeout: float = option("seconds that running requests get to finish on SIGTERM", 30.0)
-    api_token: str | None = option("ask every client for `Authorization: Bearer TOKEN`", None, secret=True)
+    limit_worker_concurrency: int = option("requests served at once", 1024, parse=whole_number(1))
+    limit_worker_queue: int = option(
+        "requests that may wait beyond those; more are refused", 256, parse=whole_number(0)
+    )
+    drain_timeout: float = option("seconds that running requests get to finish on SIGTERM", 30.0, parse=seconds)
+    api_token: str | None = option(
+        "ask every client for `Authorization: Bearer TOKEN`", None, secret=True, parse=not_empty
+    )
     log_prompts: bool = option("write prompts into the log", False)
     cores: str | None = option('cores that compute, e.g. "0-7"; default: all physical cores of one NUMA node', None)
     kv_cache_gib: float | None = option("GiB for the KV cache; default: sized from the memory that is free", None)
@@ -78,11 +147,19 @@ class WorkerOptions:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(name.strip() for name in (self.model_names or self.model_path).split(",") if name.strip())
+        return split_names(self.model_names) if self.model_names else (model_name(self.model_path),)
 
     @property
     def address(self) -> str:
         return self.worker_address or f"http://{self.host}:{self.port}"
+
+
+def model_name(model_path: str) -> str:
+    """The name of a model for its clients: its path's last part, or its repository's in Hugging Face's cache."""
+    path = Path(model_path)
+    if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
+        return path.parents[1].name.rpartition("--")[2]
+    return path.name
 
 
 class Parser(argparse.ArgumentParser):
@@ -106,7 +183,7 @@ def add_options(parser: argparse._ActionsContainer, cls: type) -> None:
         elif typing.get_origin(kinds[0]) is Literal:
             keywords["choices"] = typing.get_args(kinds[0])
         else:
-            keywords.update(type=kinds[0], metavar=entry.name.rsplit("_", 1)[-1].upper())
+            keywords.update(type=entry.metadata["parse"] or kinds[0], metavar=entry.name.rsplit("_", 1)[-1].upper())
         parser.add_argument(*flags, **keywords)
 
 
@@ -134,14 +211,36 @@ def layered_arguments(
         for key, value in read_config(path).items():
             action = actions.get(key.replace("-", "_"))
             if action is not None:
-                layered[action.dest] = _as_arguments(action, value, f"{path}: {key}")
+                layered[action.dest] = _checked(parser, action, value, f"{path}: {key}")
             elif not ignore_unknown:
                 raise OptionError(f"{path}: there is no option {key!r} (see --help)")
     for variable, text in environ.items():
         action = actions.get(variable.removeprefix(ENVIRONMENT_PREFIX).lower())
         if variable.startswith(ENVIRONMENT_PREFIX) and action is not None and text:  # empty is as good as unset
-            layered[action.dest] = _as_arguments(action, text, variable)
+            layered[action.dest] = _checked(parser, action, text, variable)
     return [*itertools.chain.from_iterable(layered.values()), *arguments]
+
+
+def check_flags(flags: Mapping[str, Any], cls: type, source: str) -> None:
+    """Raise OptionError, naming `source`, for a wrong value among flags that options dataclass `cls` knows."""
+    parser = Parser(add_help=False)
+    add_options(parser, cls)
+    actions = _actions_by_name(parser)
+    for name, value in flags.items():
+        if action := actions.get(name.replace("-", "_")):
+            _checked(parser, action, value, f"{source}: {name}")
+
+
+def _checked(parser: argparse.ArgumentParser, action: argparse.Action, value: Any, source: str) -> list[str]:
+    """`_as_arguments`, tried by itself, so that a wrong value is told with the place that it came from."""
+    arguments = _as_arguments(action, value, source)
+    if action.nargs != 0 and arguments:
+        try:
+            # A word of one option with its value; the others' own requirements play no part.
+            parser._get_values(action, [arguments[0].partition("=")[2]] if action.nargs is None else arguments[1:])
+        except argparse.ArgumentError as error:
+            raise OptionError(f"{source}: {error.message}") from error
+    return arguments
 
 
 def config_path(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> str | None:
@@ -189,10 +288,15 @@ def _as_arguments(action: argparse.Action, value: Any, source: str) -> list[str]
         return [flag for flag in flags if _is_negative(action, flag) != is_on][:1]
     if action.nargs in ("+", "*"):
         return [flags[0], *(map(str, value) if isinstance(value, list) else str(value).split())]
-    if isinstance(value, list) and not any(isinstance(item, (dict, list)) for item in value):
-        value = ",".join(map(str, value))
     # One word, so that a value that starts with a dash is not read as a flag.
-    return [f"{flags[0]}={json.dumps(value) if isinstance(value, (dict, list, bool)) else value}"]
+    return [f"{flags[0]}={as_word(value)}"]
+
+
+def as_word(value: Any) -> str:
+    """A value of a file as a command line would say it: lists with commas, what is deeper as JSON."""
+    if isinstance(value, list) and not any(isinstance(item, (dict, list)) for item in value):
+        return ",".join(map(str, value))
+    return json.dumps(value) if isinstance(value, (dict, list, bool)) else str(value)
 
 
 def _as_bool(value: Any, source: str) -> bool:

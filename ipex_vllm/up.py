@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -28,12 +27,17 @@ from ipex_vllm.options import (
     Parser,
     WorkerOptions,
     add_options,
+    as_word,
+    check_flags,
     config_path,
     from_namespace,
     layered_arguments,
+    model_name,
     option,
+    port_number,
     read_config,
     same_option,
+    whole_number,
 )
 from ipex_vllm.supervisor import KILL_AFTER_S, Role, Service, ServiceFailed, Supervisor
 from ipex_vllm.webui import find_environment
@@ -52,12 +56,12 @@ class UpOptions:
     device: Device = same_option(WorkerOptions, "device")
     low_bit: str | None = same_option(WorkerOptions, "low_bit")
     low_bit_head: str | None = same_option(WorkerOptions, "low_bit_head")
-    replicas: int = option("workers of this model, on consecutive ports", 1)
+    replicas: int = option("workers of this model, on consecutive ports", 1, parse=whole_number(1))
     host: str = same_option(WorkerOptions, "host")
-    controller_port: int = option("port of FastChat's controller", 21001)
-    worker_port: int = option("port of the first worker", 21002)
-    api_port: int = option("port of FastChat's OpenAI API server", 8000)
-    web_port: int = option("port of FastChat's web UI", 7860)
+    controller_port: int = option("port of FastChat's controller", 21001, parse=port_number)
+    worker_port: int = option("port of the first worker", 21002, parse=port_number)
+    api_port: int = option("port of FastChat's OpenAI API server", 8000, parse=port_number)
+    web_port: int = option("port of FastChat's web UI", 7860, parse=port_number)
     web: bool | None = option("start the web UI; default: when its environment is there", None)
     only: Role | None = option("start this piece alone", None)
     controller_address: str | None = option("URL of a controller elsewhere, with --only", None)
@@ -186,9 +190,14 @@ def read_options(arguments: Sequence[str]) -> tuple[UpOptions, list[dict[str, An
         workers = [{name: getattr(options, name) for name in OF_THE_MODEL}] * options.replicas
     if not isinstance(workers, list) or not workers or not all(isinstance(worker, dict) for worker in workers):
         raise OptionError(f"{path}: workers must be a list of `flag: value` mappings, one for each worker")
+    workers = [{str(name).replace("_", "-"): value for name, value in worker.items()} for worker in workers]
+    for index, worker in enumerate(workers):
+        if not worker.get("model-path"):
+            raise OptionError(f"{path}: worker {index} has no model-path")
+        check_flags(worker, WorkerOptions, f"{path}: worker {index}")
     if options.web is None:
         options = replace(options, web=find_environment() is not None)
-    return options, [{name.replace("_", "-"): value for name, value in worker.items()} for worker in workers]
+    return options, workers
 
 
 async def up(options: UpOptions, workers: Sequence[dict[str, Any]], console: Console) -> int:
@@ -222,7 +231,7 @@ def welcome(options: UpOptions, workers: Sequence[dict[str, Any]]) -> str:
     """What a user can do now."""
     if options.only is not None:
         return f"[bold]Ready:[/] {options.only}, with the controller at {options.controller_url}"
-    names = str(workers[0].get("model-names") or Path(str(workers[0]["model-path"])).name)
+    names = as_word(workers[0].get("model-names") or model_name(str(workers[0]["model-path"])))
     message = {"role": "user", "content": "What does itertools.chain do?"}
     body = json.dumps({"model": names.split(",")[0], "messages": [message]})
     lines = [
@@ -244,7 +253,7 @@ def welcome(options: UpOptions, workers: Sequence[dict[str, Any]]) -> str:
 
 
 def _as_flag(name: str, value: Any) -> str:
-    return f"--{name}" if value is True else f"--{name}={value}"
+    return f"--{name}" if value is True else f"--{name}={as_word(value)}"
 
 
 def _as_variable(name: str) -> str:

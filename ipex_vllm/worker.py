@@ -31,7 +31,7 @@ from ipex_vllm.lifetime import die_with_parent
 from ipex_vllm.machine.checkpoint import check_files
 from ipex_vllm.machine.facts import MachineFacts
 from ipex_vllm.machine.model import ModelFacts
-from ipex_vllm.options import Parser, WorkerOptions, add_options, from_namespace, layered_arguments
+from ipex_vllm.options import Parser, WorkerOptions, add_options, from_namespace, layered_arguments, model_name
 from ipex_vllm.plan.devices import PLANNERS
 from ipex_vllm.plan.plan import Plan
 from ipex_vllm.serving.controller import ControllerClient
@@ -80,7 +80,7 @@ def prepare(
     engine_class = load_engine(load or ENGINES[own_options(arguments, load).engine], parser)
     args = parser.parse_args(layered_arguments(parser, arguments))
     if args.model_names is None:
-        args.model_names = Path(args.model_path).name
+        args.model_names = model_name(args.model_path)
     args.model_path = resolve_model_path(args.model_path)
     options: WorkerOptions = from_namespace(WorkerOptions, args)
     engine_args = argparse.Namespace(**{name: vars(args)[name] for name in vars(args).keys() - vars(options).keys()})
@@ -138,6 +138,8 @@ def check_model_directory(model_path: str) -> None:
     is_path = path.is_absolute() or model_path.startswith((".", "~")) or path.exists()
     if is_path and not (path / "config.json").exists():
         reason = "holds no config.json" if path.exists() else "does not exist"
+        if snapshots := sorted(str(config.parent) for config in path.glob("snapshots/*/config.json")):
+            raise EngineError(f"--model-path {model_path} is a folder of Hugging Face's cache: give {snapshots[-1]}")
         raise EngineError(f"--model-path {model_path} {reason}: give the directory of a Hugging Face model")
 
 

@@ -145,8 +145,8 @@ def test_other_variables_with_the_prefix_are_no_options(parse):
         ({"prot": 1}, "'prot'"),
         ({"config": "again.yaml"}, "'config'"),
         ({"help": True}, "'help'"),
-        ({"port": "many"}, "--port"),
-        ({"device": "tpu"}, "--device"),
+        ({"port": "many"}, "options.yaml: port"),
+        ({"device": "tpu"}, "options.yaml: device"),
         ({"compile": "perhaps"}, "compile"),
         ("port: [1", "options.yaml"),
         ("- port\n", "option: value"),
@@ -176,7 +176,7 @@ def test_an_unreadable_file_is_one_line(parse, tmp_path):
         (["--por", "1"], {}, "--por"),  # no abbreviations: vLLM's options would make them ambiguous at any update
         (["--port"], {}, "--port"),
         (["--config"], {}, "--config"),
-        ([], {"IPEX_VLLM_PORT": "many"}, "--port"),
+        ([], {"IPEX_VLLM_PORT": "many"}, "IPEX_VLLM_PORT"),
         ([], {"IPEX_VLLM_NO_REGISTER": "perhaps"}, "IPEX_VLLM_NO_REGISTER"),
     ],
 )
@@ -327,6 +327,54 @@ def test_a_model_library_that_is_not_installed_is_one_line(tmp_path):
     with pytest.raises(EngineError, match=r"No module named 'no_such_model_library'; docs/engines.md") as error:
         worker.run(["--no-preload", "--model-path", str(tmp_path)], load)
     assert "\n" not in str(error.value)
+
+
+WRONG = [
+    ("port", "70000", "expected a whole number from 1 to 65535, not '70000'"),
+    ("port", "x", "expected a whole number from 1 to 65535, not 'x'"),
+    ("limit_worker_concurrency", "0", "expected a whole number of at least 1, not '0'"),
+    ("limit_worker_queue", "-1", "expected a whole number of at least 0, not '-1'"),
+    ("drain_timeout", "nan", "expected seconds, 0 or more, not 'nan'"),
+    ("model_names", ",", "expected a name, or several with commas between them, not ','"),
+    ("model_path", " ", "expected a model directory or a Hugging Face name, and it is empty"),
+    ("kv_cache_gib", "much", "invalid float value: 'much'"),
+    ("device", "tpu", "invalid choice: 'tpu' (choose from 'cpu', 'xpu')"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "reason"), WRONG)
+def test_a_wrong_value_is_told_when_it_is_read_with_where_it_came_from(parse, name, text, reason):
+    flag = name.replace("_", "-")
+    for source, said in (
+        (f"argument --{flag}", {"arguments": (f"--{flag}={text}",)}),
+        (f"IPEX_VLLM_{name.upper()}", {"environ": {f"IPEX_VLLM_{name.upper()}": text}}),
+        (f"options.yaml: {name}", {"file": {name: text}}),
+    ):
+        with pytest.raises(OptionError) as error:
+            parse(*said.pop("arguments", ()), **said)
+        assert f"{source}: {reason}" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_an_empty_token_would_guard_nothing(parse):
+    with pytest.raises(OptionError, match="argument --api-token: it is empty"):
+        parse("--api-token=")
+
+
+def test_a_home_directory_is_found_wherever_it_is_said(parse, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parse(file={"model-path": "~/models/a"}).model_path == "/home/me/models/a"
+    assert parse(file="model-path: ~\n").model_path == "demo"  # YAML's word for nothing
+
+
+def test_a_folder_of_hugging_faces_cache_is_told_with_the_snapshot_to_give(tmp_path):
+    snapshot = tmp_path / "models--maker--a-model" / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    with pytest.raises(EngineError, match=f"is a folder of Hugging Face's cache: give {snapshot}"):
+        worker.check_model_directory(str(snapshot.parents[1]))
+    assert WorkerOptions(model_path=str(snapshot)).names == ("a-model",)
+    assert WorkerOptions(model_path="/models/a,b").names == ("a,b",)  # as the path has it
 
 
 def test_a_secret_is_not_in_the_options_repr():

@@ -2,7 +2,10 @@
 
 import asyncio
 import io
+import os
+import shlex
 import signal
+import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -14,6 +17,7 @@ from rich.console import Console
 from ipex_vllm.errors import OptionError
 from ipex_vllm.supervisor import Service, ServiceFailed, Supervisor
 from ipex_vllm.up import make_services, read_options, up, welcome
+from tests.processes import ROOT
 from tests.support import FakeEngine, free_port, make_server, serving
 
 
@@ -155,7 +159,36 @@ def test_replicas_take_consecutive_ports_and_one_piece_can_run_alone() -> None:
     assert all("--controller-address=http://far:1" in service.command for service in services)
 
 
-@pytest.mark.parametrize("content", ["workers: 5", "workers: []", "nonsense: 1", "- a list"])
+def test_make_takes_a_path_with_a_space() -> None:
+    command = ["make", "-n", "--no-print-directory", "serve", "MODEL=a b"]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    made = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True, timeout=60)
+    assert shlex.split(made.stdout.splitlines()[-1])[-4:] == ["--model-path", "a b", "--device", "cpu"]
+
+
+def test_a_list_of_names_reaches_the_worker_as_its_flag(tmp_path: Path) -> None:
+    file = tmp_path / "service.yaml"
+    file.write_text("workers: [{model-path: /models/a, model-names: [alpha, beta]}]")
+    options, workers = read_options(["--config", str(file), "--no-web"])
+    assert "--model-names=alpha,beta" in make_services(options, workers)[1].command
+    assert '"model": "alpha"' in welcome(options, workers).replace("\\[", "[")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "workers: 5",
+        "workers: []",
+        "nonsense: 1",
+        "- a list",
+        "workers: [{port: 5000}]",
+        "workers: [{model-path: ~}]",
+        "workers: [{model-path: demo, port: x}]",
+        "workers: [{model-path: demo, model-names: ','}]",
+        "worker-port: 70000",
+        "replicas: 0",
+    ],
+)
 def test_a_wrong_file_is_one_line(tmp_path: Path, content: str) -> None:
     file = tmp_path / "service.yaml"
     file.write_text(content)

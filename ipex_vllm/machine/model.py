@@ -53,7 +53,7 @@ class ModelFacts:
         return cls(
             weight_bytes=sum(file.stat().st_size for file in files) or None,
             embedding_bytes=2 * config.get("vocab_size", 0) * (hidden or 0),
-            is_quantized="quantization_config" in config,
+            is_quantized=config.get("quantization_config") is not None,
             kv_bytes_per_token=2 * layers * kv_heads * head_dim * 2 if is_plain else None,
             max_position=config.get("max_position_embeddings"),
             tensors=tensors,

@@ -24,6 +24,10 @@ def test_a_model_may_state_its_head_size_and_share_no_heads(tmp_path):
     assert facts.is_quantized
 
 
+def test_a_quantization_of_nothing_is_none(tmp_path):
+    assert not ModelFacts.read(write_model(tmp_path, {**LLAMA_1B, "quantization_config": None})).is_quantized
+
+
 @pytest.mark.parametrize("config", [{}, {"text_config": LLAMA_1B}, {"num_attention_heads": 8}])
 def test_an_unusual_model_is_no_error(tmp_path, config):
     assert ModelFacts.read(write_model(tmp_path, config)).kv_bytes_per_token is None
