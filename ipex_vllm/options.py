@@ -22,6 +22,7 @@ from typing import Any, Literal, NoReturn
 import yaml
 
 from ipex_vllm.errors import OptionError
+from ipex_vllm.ports import http_url
 
 ENVIRONMENT_PREFIX = "IPEX_VLLM_"
 CONFIG_VARIABLE = f"{ENVIRONMENT_PREFIX}CONFIG"
@@ -151,7 +152,7 @@ class WorkerOptions:
 
     @property
     def address(self) -> str:
-        return self.worker_address or f"http://{self.host}:{self.port}"
+        return self.worker_address or http_url(self.host, self.port)
 
 
 def model_name(model_path: str) -> str:

@@ -1,25 +1,79 @@
-"""A port to listen on, and how one that cannot be had is told."""
+"""A port to listen on, how one that cannot be had is told, and the URLs that name ports."""
 
 from __future__ import annotations
 
+import errno
 import socket
+from urllib.parse import urlsplit
 
 from ipex_vllm.errors import OptionError
 
+BACKLOG = 2048  # connections that wait to be accepted
+
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket bound to the port, on which nothing listens yet. Raises OptionError."""
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    """A socket bound to the port, which is nobody else's from now on; it listens with `listen`. Raises OptionError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        try:
+            return _bound(family, host, port, is_shared=False)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            # A server that ended a moment ago leaves connections behind, which keep the port for a minute from all but
+            # those who would share it. Two that share it can both be bound, so this is the second choice.
+            return _bound(family, host, port, is_shared=True)
+    except (OSError, OverflowError) as error:
+        raise _cannot_listen(host, port, error) from error
+
+
+def listen(sock: socket.socket) -> None:
+    """Accept connections. Raises OptionError: another program can have come first where the port was shared."""
+    # The connections of this server, once it has ended, must not keep the port from its successor.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        sock.bind((host, port))
-    except (OSError, OverflowError) as error:
-        sock.close()
-        reason = getattr(error, "strerror", None) or error
-        raise OptionError(f"cannot listen on {host}:{port}: {reason}") from error
-    return sock
+        sock.listen(BACKLOG)
+    except OSError as error:
+        host, port = sock.getsockname()[:2]
+        raise _cannot_listen(host, port, error) from error
 
 
 def check_port(host: str, port: int) -> None:
     """Raise OptionError when nothing could listen there now."""
     bind(host, port).close()
+
+
+def http_url(host: str, port: int) -> str:
+    """The URL of a server on that address; one of IPv6 stands in brackets."""
+    return f"http://{_address(host, port)}"
+
+
+def check_url(name: str, url: str) -> None:
+    """Raise OptionError when `url`, the value of the option `name`, is none that an HTTP server can have."""
+    try:
+        parts = urlsplit(url)
+        is_one = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of the port, as in http://::1:21001
+        is_one = False
+    if not is_one:
+        raise OptionError(f"{name} {url} is no URL: expected http://HOST:PORT, an IPv6 address in brackets")
+
+
+def _bound(family: int, host: str, port: int, is_shared: bool) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(is_shared))
+        sock.bind((host, port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _cannot_listen(host: str, port: int, error: Exception) -> OptionError:
+    reason = getattr(error, "strerror", None) or error
+    return OptionError(f"cannot listen on {_address(host, port)}: {reason}")
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -139,7 +139,8 @@ class Supervisor:
 
     async def _wait_ready(self, service: Service) -> None:
         assert service.process is not None
-        while not await service.is_ready():
+        # Whoever answers on its port is another program, unless this one runs.
+        while not await service.is_ready() or service.process.returncode is not None:
             if service.process.returncode is not None:
                 await asyncio.sleep(0.2)  # for its last words
                 raise ServiceFailed(

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ipex_vllm.errors import OptionError, run_main
+from ipex_vllm.lifetime import stop_signals
 from ipex_vllm.options import (
     ENVIRONMENT_PREFIX,
     Device,
@@ -39,6 +40,7 @@ from ipex_vllm.options import (
     same_option,
     whole_number,
 )
+from ipex_vllm.ports import check_url, http_url
 from ipex_vllm.supervisor import KILL_AFTER_S, Role, Service, ServiceFailed, Supervisor
 from ipex_vllm.webui import find_environment
 
@@ -70,11 +72,15 @@ class UpOptions:
 
     @property
     def controller_url(self) -> str:
-        return self.controller_address or f"http://{self.host}:{self.controller_port}"
+        return self.controller_address or http_url(self.host, self.controller_port)
 
     @property
     def api_url(self) -> str:
-        return f"http://{self.host}:{self.api_port}"
+        return http_url(self.host, self.api_port)
+
+    @property
+    def web_url(self) -> str:
+        return http_url(self.host, self.web_port)
 
 
 def make_services(options: UpOptions, workers: Sequence[dict[str, Any]]) -> list[Service]:
@@ -102,7 +108,7 @@ def make_services(options: UpOptions, workers: Sequence[dict[str, Any]]) -> list
         own["drain-timeout"] = options.drain_timeout
         own |= {name: value for name, value in flags.items() if name not in ("port", "module")}
         arguments = [_as_flag(name, value) for name, value in own.items() if value not in (None, False)]
-        url = str(own.get("worker-address", f"http://{options.host}:{port}"))
+        url = str(own.get("worker-address", http_url(str(own["host"]), port)))
         services.append(
             Service(
                 f"worker-{index}" if len(workers) > 1 else "worker",
@@ -134,7 +140,7 @@ def make_services(options: UpOptions, workers: Sequence[dict[str, Any]]) -> list
                 "web",
                 [python, "-m", "ipex_vllm.webui", *address(options.web_port), "--controller-url", controller_url],
                 options.web_port,
-                partial(gets_ok, f"http://{options.host}:{options.web_port}/"),
+                partial(gets_ok, f"{options.web_url}/"),
                 host=options.host,
             )
         )
@@ -195,6 +201,7 @@ def read_options(arguments: Sequence[str]) -> tuple[UpOptions, list[dict[str, An
         if not worker.get("model-path"):
             raise OptionError(f"{path}: worker {index} has no model-path")
         check_flags(worker, WorkerOptions, f"{path}: worker {index}")
+    check_url("--controller-address", options.controller_url)
     if options.web is None:
         options = replace(options, web=find_environment() is not None)
     return options, workers
@@ -204,7 +211,7 @@ async def up(options: UpOptions, workers: Sequence[dict[str, Any]], console: Con
     """Run the service until a signal comes; return the exit status."""
     supervisor = Supervisor(make_services(options, workers), console, options.verbose)
     stopped = asyncio.Event()
-    for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for signal_number in stop_signals():
         asyncio.get_running_loop().add_signal_handler(signal_number, stopped.set)
     waiting = asyncio.create_task(stopped.wait())
     try:
@@ -241,7 +248,7 @@ def welcome(options: UpOptions, workers: Sequence[dict[str, Any]]) -> str:
         f"  controller   {options.controller_url}",
     ]
     if options.web:
-        lines.append(f"  web UI       http://{options.host}:{options.web_port}")
+        lines.append(f"  web UI       {options.web_url}")
     lines += [
         "Try it:",
         f"  curl {options.api_url}/v1/chat/completions -H 'Content-Type: application/json' \\",

@@ -27,7 +27,7 @@ from ipex_vllm.engines.engine import Engine
 from ipex_vllm.engines.generation import Generation, RequestError
 from ipex_vllm.engines.load import ENGINES, EngineLoader
 from ipex_vllm.errors import EngineError, root_cause, run_main
-from ipex_vllm.lifetime import die_with_parent
+from ipex_vllm.lifetime import die_with_parent, stop_signals
 from ipex_vllm.machine.checkpoint import check_files
 from ipex_vllm.machine.facts import MachineFacts
 from ipex_vllm.machine.model import ModelFacts
@@ -42,6 +42,7 @@ from ipex_vllm.serving.fastchat import FastChatServer
 logger = logging.getLogger("ipex_vllm.worker")  # __name__ is "__main__" where it matters
 
 STREAMS_END_TIMEOUT_S = 10.0  # for the error frames of requests that a dead engine left behind
+LAST_FRAMES_TIMEOUT_S = 2  # for a slow client to take what is already written
 
 
 def main(arguments: Sequence[str] | None = None, load: EngineLoader | None = None) -> None:
@@ -63,7 +64,7 @@ def run(arguments: Sequence[str], load: EngineLoader | None) -> int:
     if options.explain:
         return 0
     # Until the server runs, a signal ends the process wherever it is; exit handlers end the engine's processes.
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
+    for signal_number in stop_signals():
         signal.signal(signal_number, lambda number, _: sys.exit(128 + number))
     if not is_loopback(options.host) and options.api_token is None:
         logger.warning("--host %s opens this worker to the network, and no --api-token guards it", options.host)
@@ -85,6 +86,8 @@ def prepare(
     options: WorkerOptions = from_namespace(WorkerOptions, args)
     engine_args = argparse.Namespace(**{name: vars(args)[name] for name in vars(args).keys() - vars(options).keys()})
     check_model_directory(options.model_path)
+    ports.check_url("--worker-address", options.address)
+    ports.check_url("--controller-address", options.controller_address)
     if options.conv_template is not None:
         check_template_name(options.conv_template)
     engine_class.check(options, engine_args)
@@ -162,9 +165,20 @@ async def serve(engine_class: type[Engine], options: WorkerOptions, plan: Plan, 
         core = Core(engine, options.names, slots, options.log_prompts)
         server = FastChatServer(core, chat_format, options.api_token)
         await warm_up(engine)
-        http = HttpServer(uvicorn.Config(server.app, log_config=None, access_log=False, lifespan="off"))
+        ports.listen(sock)
+        http = HttpServer(
+            uvicorn.Config(
+                server.app,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                timeout_graceful_shutdown=LAST_FRAMES_TIMEOUT_S,
+            )
+        )
         http_task = asyncio.create_task(http.serve(sockets=[sock]))
-        while not http.started and not http_task.done():
+        while not http.started:
+            if http_task.done():
+                raise EngineError(f"the HTTP server did not start: {why_ended(http_task)}")
             await asyncio.sleep(0.01)
         logger.info("ready: %s at %s, context of %d tokens", *options.names[:1], options.address, engine.context_length)
         controller = ControllerClient(options.controller_address, options.address, server.status)
@@ -172,7 +186,7 @@ async def serve(engine_class: type[Engine], options: WorkerOptions, plan: Plan, 
         if not options.no_register:
             core.is_registered = lambda: controller.is_registered
             registration = asyncio.create_task(controller.run())
-        reason = await first_reason_to_stop(engine)
+        reason = await first_reason_to_stop(engine, http_task)
 
         slots.is_closed = True
         if registration is not None:
@@ -183,8 +197,8 @@ async def serve(engine_class: type[Engine], options: WorkerOptions, plan: Plan, 
         else:
             logger.error("%s", reason)
             await core.drain(STREAMS_END_TIMEOUT_S)
-        http.should_exit = http.force_exit = True
-        await http_task
+        http.should_exit = True
+        await asyncio.wait((http_task,))
     finally:
         await engine.stop()
     logger.info("stopped")
@@ -205,21 +219,28 @@ async def warm_up(engine: Engine) -> None:
         raise EngineError(f"the engine failed at its first request: {root_cause(error)}") from error
 
 
-async def first_reason_to_stop(engine: Engine) -> str | None:
-    """Wait for a signal (None) or the engine's death (why)."""
+async def first_reason_to_stop(engine: Engine, http_task: asyncio.Task[None]) -> str | None:
+    """Wait for a signal (None), or for the death of the engine or of the HTTP server (why)."""
     signalled = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
+    for signal_number in stop_signals():
         loop.add_signal_handler(signal_number, signalled.set)
     tasks: tuple[asyncio.Task[Any], ...] = (
         asyncio.create_task(signalled.wait()),
         asyncio.create_task(engine.wait_dead()),
     )
-    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    reason = tasks[1].result() if tasks[1].done() else None
+    await asyncio.wait((*tasks, http_task), return_when=asyncio.FIRST_COMPLETED)
     for task in tasks:
         task.cancel()
-    return reason
+    if tasks[1].done():
+        reason: str = tasks[1].result()
+        return reason
+    return f"the HTTP server ended: {why_ended(http_task)}" if http_task.done() else None
+
+
+def why_ended(task: asyncio.Task[None]) -> str:
+    error = None if task.cancelled() else task.exception()
+    return "it was told to" if error is None else root_cause(error)
 
 
 class HttpServer(uvicorn.Server):
@@ -239,6 +260,8 @@ def is_loopback(host: str) -> bool:
 
 if __name__ == "__mp_main__":  # one of vLLM's processes: it must not outlive the worker, even one that is killed
     die_with_parent()
+    # A terminal sends its hang-up to the whole group; the worker drains, and needs its engine for that.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 if __name__ == "__main__":
     main()

@@ -10,12 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Self
 
 import httpx
 import psutil
 
+from ipex_vllm.ports import http_url
 from ipex_vllm.serving.fastchat import FastChatServer
 from tests.support import free_port, serving
 
@@ -26,9 +28,17 @@ START_TIMEOUT_S = 300
 class Program:
     """A command that runs in a folder of its own, with its output beside that; nothing of it outlives the context."""
 
-    def __init__(self, folder: Path, *command: str, ready_at: str | None = None, **environ: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *command: str,
+        ready_at: str | None = None,
+        is_ignoring_hangup: bool = False,
+        **environ: str,
+    ) -> None:
         self.folder, self._log = folder, folder.with_suffix(".log")
         self._command, self._ready_at = command, ready_at
+        self._is_ignoring_hangup = is_ignoring_hangup
         self._environ = {**os.environ, "LOGDIR": "", **environ}  # "" keeps FastChat from writing log files
         self.folder.mkdir(parents=True)
         self.start()
@@ -43,6 +53,7 @@ class Program:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=self._environ,
+                preexec_fn=partial(set_signals, self._is_ignoring_hangup),
             )
         if self._ready_at is not None:
             try:
@@ -99,20 +110,42 @@ class Program:
             return False
 
 
+def set_signals(is_ignoring_hangup: bool) -> None:
+    """What a shell starts a program with, or `nohup`, however the tests were started."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if is_ignoring_hangup else signal.SIG_DFL)
+
+
 class Server(Program):
     """`python -m module...` on a free port of this machine, ready when a GET of `ready_path` succeeds."""
 
-    def __init__(self, folder: Path, ready_path: str, *module: str, **environ: str) -> None:
+    def __init__(
+        self, folder: Path, ready_path: str, *module: str, is_ignoring_hangup: bool = False, **environ: str
+    ) -> None:
         port = str(free_port())
         self.url = f"http://127.0.0.1:{port}"
         command = (sys.executable, "-m", *module, "--host", "127.0.0.1", "--port", port)
-        super().__init__(folder, *command, ready_at=self.url + ready_path, **environ)
+        super().__init__(
+            folder, *command, ready_at=self.url + ready_path, is_ignoring_hangup=is_ignoring_hangup, **environ
+        )
 
 
 def worker(folder: Path, *arguments: str, **environ: str) -> Server:
     """A ready worker; it takes little memory, so that several fit on a small machine."""
     small = ("--kv-cache-gib", "0.25", "--no-compile")
     return Server(folder, "/ready", "ipex_vllm.worker", *small, *arguments, **environ)
+
+
+def fake_worker(folder: Path, *arguments: str, is_ignoring_hangup: bool = False, **environ: str) -> Server:
+    """A ready worker on the fake engine, known to no controller: tests/fake_worker.py tells what `environ` may set."""
+    return Server(
+        folder,
+        "/ready",
+        *("tests.fake_worker", "--no-register", *arguments),
+        is_ignoring_hangup=is_ignoring_hangup,
+        PYTHONPATH=str(ROOT),
+        **environ,
+    )
 
 
 def fastchat_controller(folder: Path, **environ: str) -> Server:
@@ -162,11 +195,20 @@ def fastchat_stack(folder: Path, server: FastChatServer) -> Iterator[Stack]:
 class Service(Program):
     """Everything that `make serve` starts, but the web UI."""
 
-    def __init__(self, folder: Path, *arguments: str, **environ: str) -> None:
-        ports = {role: str(free_port()) for role in ("controller", "worker", "api")}
-        self.controller_url, self.worker_url, self.api_url = (f"http://127.0.0.1:{port}" for port in ports.values())
-        flags = [word for role, port in ports.items() for word in (f"--{role}-port", port)]
-        super().__init__(folder, sys.executable, "-m", "ipex_vllm.up", *flags, "--no-web", *arguments, **environ)
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        host: str = "127.0.0.1",
+        is_ignoring_hangup: bool = False,
+        **environ: str,
+    ) -> None:
+        ports = {role: free_port() for role in ("controller", "worker", "api")}
+        self.controller_url, self.worker_url, self.api_url = (http_url(host, port) for port in ports.values())
+        flags = ["--host", host, "--no-web"]
+        flags += [word for role, port in ports.items() for word in (f"--{role}-port", str(port))]
+        command = (sys.executable, "-m", "ipex_vllm.up", *flags, *arguments)
+        super().__init__(folder, *command, is_ignoring_hangup=is_ignoring_hangup, **environ)
         try:
             self.wait_for_output("Ready.")
         except BaseException:

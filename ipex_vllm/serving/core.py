@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from ipex_vllm.engines.engine import Engine
 from ipex_vllm.engines.generation import (
@@ -36,6 +37,8 @@ from ipex_vllm.engines.generation import (
 )
 
 logger = logging.getLogger(__name__)
+
+CUT_OFF_TIMEOUT_S = 2.0  # for the engine to let a request go
 
 
 class InvalidModel(RequestError):
@@ -75,10 +78,35 @@ class Slots:
         self.num_in_use = 0
         self.num_waiting = 0
         self.is_closed = False
+        self._tasks: set[asyncio.Task[Any]] = set()  # those that hold a slot or wait for one
 
     @asynccontextmanager
     async def take(self) -> AsyncIterator[None]:
-        """Hold a slot. Raises Overloaded."""
+        """Hold a slot. Raises Overloaded, at the end of the drain's time in what runs as well."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            async with self._take():
+                yield
+        except asyncio.CancelledError:
+            if task in self._tasks:  # the client is gone
+                raise
+            task.uncancel()
+            raise Overloaded(
+                "This worker shut down before the request was finished. Send it again; another worker will take it."
+            ) from None
+        finally:
+            self._tasks.discard(task)
+
+    def cut_off(self) -> None:
+        """End every request, those that wait too, with an error for its client."""
+        tasks, self._tasks = self._tasks, set()
+        for task in tasks:
+            task.cancel()
+
+    @asynccontextmanager
+    async def _take(self) -> AsyncIterator[None]:
         if self.is_closed:
             raise Overloaded("This worker is shutting down. Send the request again; another worker will take it.")
         if self._semaphore.locked() and self.num_waiting >= self._queue_limit:
@@ -202,20 +230,29 @@ class Core:
         """The engine's deltas, in a slot; closing the generator aborts the request. Raises RequestError."""
         if self._log_prompts:
             logger.info("request %s prompt %r", record.id, generation.prompt)
+        num_unfinished = generation.n
         async with self.slots.take(), aclosing(self.engine.stream(generation, record.id)) as deltas:
             async for delta in deltas:
                 record.add(delta)
+                num_unfinished -= delta.finish_reason is not None
                 yield delta
+        if num_unfinished:
+            raise InternalError("The engine ended in the middle of the text. Send the request again later.")
 
     async def drain(self, timeout_s: float) -> None:
-        """Wait until no request runs or waits, at most `timeout_s` seconds."""
+        """Wait until no request runs or waits, at most `timeout_s` seconds; then end those that are left."""
         logger.info("draining: %d requests", self.slots.queue_length)
+        await self._until_idle(timeout_s)
+        if self.slots.queue_length:
+            logger.warning("%d requests were cut off after %g s", self.slots.queue_length, timeout_s)
+            self.slots.cut_off()
+            await self._until_idle(CUT_OFF_TIMEOUT_S)
+
+    async def _until_idle(self, timeout_s: float) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while self.slots.queue_length:
                     await asyncio.sleep(0.05)
-        if self.slots.queue_length:
-            logger.warning("%d requests were cut off after %g s", self.slots.queue_length, timeout_s)
 
     def _fail(self, record: Record, error: RequestError) -> None:
         record.outcome = f"error {error_code(error)}"

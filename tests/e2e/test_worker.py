@@ -72,6 +72,19 @@ def test_sigterm_under_load_loses_nothing(model: str, controller: str, tmp_path:
         assert stopping.result() == 0
 
 
+def test_what_the_drain_cuts_off_ends_with_an_error(model: str, tmp_path: Path) -> None:
+    arguments = ("--model-path", model, "--no-register", "--drain-timeout", "0.2")
+    with worker(tmp_path / "worker", *arguments) as running, ThreadPoolExecutor(2) as pool:
+        params = {"prompt": "def", "max_new_tokens": 2000, "ignore_eos": True}
+        answers = [pool.submit(stream, running.url, **params), pool.submit(generate, running.url, **params)]
+        eventually(lambda: status(running.url)["queue_length"] == 2, "both running")
+        assert running.stop() == 0
+        streamed, whole = (answer.result() for answer in answers)
+        assert (streamed[-1]["error_code"], whole["error_code"]) == (42903, 42903)
+        assert "Traceback" not in running.output
+        assert "disconnect" not in running.output
+
+
 def test_a_dead_engine_ends_the_worker_and_its_requests(model: str, controller: str, tmp_path: Path) -> None:
     register = ["--model-path", model, "--controller-address", controller]
     with worker(tmp_path / "worker", *register) as running, ThreadPoolExecutor(4) as pool:

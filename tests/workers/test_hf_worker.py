@@ -114,6 +114,18 @@ def test_greedy_text_is_transformers_own_with_usage_in_tokens(engine: HfEngine, 
     }
 
 
+async def test_what_the_drain_cuts_off_is_an_error_and_not_half_a_text(engine: HfEngine) -> None:
+    server = make_server(engine)
+    body = {"prompt": PROMPT, "max_new_tokens": 1500, "ignore_eos": True}
+    async with aclosing(server.frames(body, "id")) as frames:
+        assert (await anext(frames))["error_code"] == 0
+        draining = asyncio.create_task(server.core.drain(0))
+        last = [frame async for frame in frames][-1]
+        await draining
+    assert last["error_code"] == 42903
+    assert server.core.slots.queue_length == 0
+
+
 def test_a_stream_grows_to_the_same_text(url: str) -> None:
     params = {"prompt": PROMPT, "temperature": 0, "max_new_tokens": 40, "ignore_eos": True}
     frames = stream(url, **params)
