@@ -34,6 +34,12 @@ from ipex_vllm.machine.model import ModelFacts
 from ipex_vllm.options import Parser, WorkerOptions, add_options, from_namespace, layered_arguments, model_name
 from ipex_vllm.plan.devices import PLANNERS
 from ipex_vllm.plan.plan import Plan
+from ipex_vllm.serving.connections import (
+    ListeningSocket,
+    MarkingProtocol,
+    quiet_when_full,
+    raise_descriptor_limit,
+)
 from ipex_vllm.serving.controller import ControllerClient
 from ipex_vllm.serving.conversation import check_template_name, choose_chat_format
 from ipex_vllm.serving.core import Core, Slots
@@ -68,6 +74,7 @@ def run(arguments: Sequence[str], load: EngineLoader | None) -> int:
         signal.signal(signal_number, lambda number, _: sys.exit(128 + number))
     if not is_loopback(options.host) and options.api_token is None:
         logger.warning("--host %s opens this worker to the network, and no --api-token guards it", options.host)
+    raise_descriptor_limit(options.limit_worker_concurrency + options.limit_worker_queue)
     # Bound before the model loads: a port in use is told at once. Nothing listens on it yet.
     with ports.bind(options.host, options.port) as sock:
         return asyncio.run(serve(engine_class, options, plan, sock))
@@ -166,16 +173,18 @@ async def serve(engine_class: type[Engine], options: WorkerOptions, plan: Plan, 
         server = FastChatServer(core, chat_format, options.api_token)
         await warm_up(engine)
         ports.listen(sock)
+        quiet_when_full(asyncio.get_running_loop())
         http = HttpServer(
             uvicorn.Config(
                 server.app,
+                http=MarkingProtocol,
                 log_config=None,
                 access_log=False,
                 lifespan="off",
                 timeout_graceful_shutdown=LAST_FRAMES_TIMEOUT_S,
             )
         )
-        http_task = asyncio.create_task(http.serve(sockets=[sock]))
+        http_task = asyncio.create_task(http.serve(sockets=[ListeningSocket(sock)]))
         while not http.started:
             if http_task.done():
                 raise EngineError(f"the HTTP server did not start: {why_ended(http_task)}")

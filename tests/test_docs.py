@@ -140,7 +140,7 @@ def test_every_command_is_run_by_a_test_or_says_that_it_is_not() -> None:
 def test_make_serve_and_make_test_run_what_is_tested() -> None:
     """tests/e2e/test_service.py starts the first, and this is run by the second."""
     for target, last in (
-        ("serve", ".venv/bin/python -m ipex_vllm.up --model-path demo --device cpu"),
+        ("serve", ".venv/bin/python -m ipex_vllm.up --model-path 'demo' --device cpu"),
         ("test", ".venv/bin/python -m pytest"),
     ):
         # --no-print-directory: under `make test` this is a make in a make, which would end with a line of its own.

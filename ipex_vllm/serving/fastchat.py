@@ -23,10 +23,12 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ipex_vllm.engines.generation import Generation, InvalidParameter, RequestError
+from ipex_vllm.serving.connections import ConnectionLimit
 from ipex_vllm.serving.conversation import ChatFormat
 from ipex_vllm.serving.core import Core, Overloaded, Tally, Unauthorized, bug_error
 from ipex_vllm.serving.metrics import exposition
 from ipex_vllm.serving.protocol import (
+    FRAMES_MEDIA_TYPE,
     EmbeddingRequest,
     GenerateRequest,
     Transcript,
@@ -43,7 +45,6 @@ Result = TypeVar("Result")
 FRAME_BYTES_PER_S = 64 * 1024
 MIN_FRAME_INTERVAL_S = 0.02
 MAX_BODY_BYTES = 16 << 20
-FRAMES_MEDIA_TYPE = "application/octet-stream"  # JSON texts with zero bytes between them have no type of their own
 
 
 class FrameResponse(StreamingResponse):
@@ -96,6 +97,7 @@ class FastChatServer:
         self.app.add_exception_handler(Exception, self._on_bug)
         if api_token:
             self.app.add_middleware(BearerToken, token=api_token)
+        self.app.add_middleware(ConnectionLimit, tally=core.tally)  # the last one added comes first
 
     # Endpoints
 

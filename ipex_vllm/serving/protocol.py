@@ -23,6 +23,7 @@ from ipex_vllm.serving.core import error_code
 
 Number = TypeVar("Number", int, float)
 
+FRAMES_MEDIA_TYPE = "application/octet-stream"  # JSON texts with zero bytes between them have no type of their own
 MAX_LOGPROBS = 20
 MAX_CHOICES = 64
 
