@@ -59,6 +59,11 @@ class FakeRoot:
         for name in names:
             self.write(f"{folders[name]}/{name}", "")
 
+    def load(self, *paths: str) -> None:
+        """Map libraries into the process."""
+        lines = (f"7f0000000000-7f0000001000 r-xp 00000000 fe:00 1234      {path}\n" for path in paths)
+        self.write("proc/self/maps", "".join(lines))
+
 
 def node_meminfo(node: int, free: float) -> str:
     """As the kernel writes it; half of what is free is page cache."""

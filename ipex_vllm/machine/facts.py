@@ -32,7 +32,7 @@ class MachineFacts:
 
     `quota_cores` is the time that the cgroup grants, in CPUs. `node_available` is what each NUMA node has left. On a
     virtual machine whose memory grows as it is used, it can be far below `memory_available`, and vLLM refuses a KV
-    cache that is larger. `iomp` and `tcmalloc` are paths of libraries.
+    cache that is larger. `iomp` and `tcmalloc` are paths of libraries; `loaded` are those that this process has.
     """
 
     name: str
@@ -44,6 +44,12 @@ class MachineFacts:
     node_available: Mapping[int, int]
     iomp: str | None
     tcmalloc: str | None
+    loaded: frozenset[str] = frozenset()
+
+    def has_loaded(self, library: str) -> bool:
+        """Whether this process has the library with that path, or with that name in some folder."""
+        names = {Path(library).name, Path(os.path.realpath(library)).name}
+        return any(Path(path).name in names for path in self.loaded)
 
     @classmethod
     def probe(
@@ -67,7 +73,16 @@ class MachineFacts:
             iomp=_first(Path(sys.prefix if prefix is None else prefix) / "lib", "libiomp5.so"),
             tcmalloc=_first(root / "usr/lib", "*/libtcmalloc_minimal.so.4", "libtcmalloc_minimal.so.4")
             or _first(root / "usr/lib64", "libtcmalloc_minimal.so.4"),
+            loaded=frozenset(_mapped_libraries(root)),
         )
+
+
+def _mapped_libraries(root: Path) -> Iterator[str]:
+    """The shared libraries in this process' memory. A line is: range, rights, offset, device, inode and the path."""
+    for line in _read(root / "proc/self/maps").splitlines():
+        path = line.split(maxsplit=5)[5:]
+        if path and ".so" in path[0]:
+            yield path[0]
 
 
 def _logical_cpus(root: Path, allowed: Iterable[int]) -> Iterable[LogicalCpu]:

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,8 +47,22 @@ def apply(machine: MachineFacts) -> None:
     candidates = ((machine.tcmalloc, has_malloc), (machine.iomp, has_openmp))
     missing = [path for path, is_there in candidates if path and not is_there]
     if missing:
-        os.environ["LD_PRELOAD"] = ":".join([*missing, *filter(None, [loaded])])
+        preload_with(os.environ, missing)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def preload_with(environ: MutableMapping[str, str], libraries: Sequence[str]) -> None:
+    """Put libraries before what is preloaded already.
+
+    Spaces and colons part the names in LD_PRELOAD, and nothing quotes them; a library whose path has a space is named
+    there without its folder, which LD_LIBRARY_PATH takes: only colons and semicolons part that.
+    """
+    names = []
+    for path in map(Path, libraries):
+        if " " in str(path):
+            environ["LD_LIBRARY_PATH"] = ":".join(filter(None, [str(path.parent), environ.get("LD_LIBRARY_PATH")]))
+        names.append(path.name if " " in str(path) else str(path))
+    environ["LD_PRELOAD"] = ":".join(filter(None, [*names, environ.get("LD_PRELOAD")]))
 
 
 def probe(machine: MachineFacts) -> MachineFacts:
@@ -113,7 +127,10 @@ def make_plan(machine: MachineFacts, options: WorkerOptions, model: ModelFacts, 
 
 
 def _describe_preload(machine: MachineFacts, options: WorkerOptions) -> str:
-    loaded = os.environ.get("LD_PRELOAD", "").replace(":", " ").split()
+    wanted = os.environ.get("LD_PRELOAD", "").replace(":", " ").split()
+    # What was asked for is not always there: the dynamic linker goes on without a library that it cannot open.
+    loaded = [Path(path).name for path in wanted if machine.has_loaded(path)]
+    failed = [Path(path).name for path in wanted if not machine.has_loaded(path)]
     absent = [
         advice
         for path, advice in (
@@ -124,11 +141,13 @@ def _describe_preload(machine: MachineFacts, options: WorkerOptions) -> str:
     ]
     if not options.preload:
         reason = "switched off with --no-preload"
+    elif failed:
+        reason = f"in LD_PRELOAD, but not loaded: {', '.join(failed)}"
     elif absent:
         reason = f"not installed: {', '.join(absent)}"
     else:
         reason = "threads wait and allocate faster than with the system's own libraries"
-    return f"{', '.join(Path(path).name for path in loaded) or 'nothing'} ({reason})"
+    return f"{', '.join(loaded) or 'nothing'} ({reason})"
 
 
 def _choose_cores(machine: MachineFacts, chosen: str | None, num_ranks: int) -> tuple[tuple[tuple[int, ...], ...], str]:

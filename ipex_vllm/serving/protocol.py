@@ -7,6 +7,7 @@ docs/protocol.md for each field.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ from ipex_vllm.serving.core import error_code
 Number = TypeVar("Number", int, float)
 
 FRAMES_MEDIA_TYPE = "application/octet-stream"  # JSON texts with zero bytes between them have no type of their own
+LOWEST_LOGPROB = -9999.0
 MAX_LOGPROBS = 20
 MAX_CHOICES = 64
 
@@ -244,11 +246,17 @@ def logprobs_payload(logprobs: Iterable[TokenLogprob]) -> dict[str, list[Any]]:
     offset = 0
     for entry in logprobs:
         payload["text_offset"].append(offset)
-        payload["token_logprobs"].append(entry.logprob)
+        top = None if entry.top is None else {token: as_json_number(value) for token, value in entry.top.items()}
+        payload["token_logprobs"].append(None if entry.logprob is None else as_json_number(entry.logprob))
         payload["tokens"].append(entry.token)
-        payload["top_logprobs"].append(entry.top)
+        payload["top_logprobs"].append(top)
         offset += len(entry.token)
     return payload
+
+
+def as_json_number(logprob: float) -> float | None:
+    """A log probability as JSON has one: what sampling ruled out (minus infinity) as OpenAI writes it."""
+    return None if math.isnan(logprob) else min(max(logprob, LOWEST_LOGPROB), -LOWEST_LOGPROB)
 
 
 def error_payload(error: RequestError) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -317,8 +318,29 @@ def test_what_is_preloaded_is_told(small_box, monkeypatch):
     off = line(make_plan(small_box.probe(), WorkerOptions(preload=False), MODEL_1B), "preload")
     assert off == "preload: nothing (switched off with --no-preload)"
     monkeypatch.setenv("LD_PRELOAD", "/opt/libjemalloc.so.2:/venv/lib/libiomp5.so")
+    asked = line(make_plan(small_box.probe(), WorkerOptions(), MODEL_1B), "preload")
+    assert asked == "preload: nothing (in LD_PRELOAD, but not loaded: libjemalloc.so.2, libiomp5.so)"
+    small_box.load("/opt/libjemalloc.so.2", "/a b/libiomp5.so")
     both = line(make_plan(small_box.probe(), WorkerOptions(), MODEL_1B), "preload")
-    assert both.startswith("preload: libjemalloc.so.2, libiomp5.so (")
+    assert both.startswith("preload: libjemalloc.so.2, libiomp5.so (threads")
+
+
+def test_a_library_whose_path_has_a_space_is_preloaded(tmp_path):
+    library = tmp_path / "an environment" / "libiomp5.so"
+    library.parent.mkdir()
+    shutil.copy(Path(sys.prefix) / "lib" / "libiomp5.so", library)
+    code = (
+        "import sys; from dataclasses import replace; from ipex_vllm.plan import cpu\n"
+        "from ipex_vllm.machine.facts import MachineFacts\n"
+        "machine = replace(MachineFacts.probe(), iomp=sys.argv[1], tcmalloc=None)\n"
+        "cpu.apply(machine)\n"
+        "print(*(path for path in machine.loaded if 'iomp' in path), machine.has_loaded('libiomp5.so'))\n"
+    )
+    environ = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, library], env=environ, capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == (f"{library} True\n", "")
 
 
 # Preloading

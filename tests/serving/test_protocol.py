@@ -1,12 +1,20 @@
 """Parsing of requests and the content of frames."""
 
 import dataclasses
+import json
 import math
 
 import pytest
 
 from ipex_vllm.engines.generation import Delta, Generation, InvalidParameter, TokenLogprob
-from ipex_vllm.serving.protocol import EmbeddingRequest, GenerateRequest, Transcript, error_payload, parse_prompt
+from ipex_vllm.serving.protocol import (
+    EmbeddingRequest,
+    GenerateRequest,
+    Transcript,
+    encode_frame,
+    error_payload,
+    parse_prompt,
+)
 
 NAMES = [field.name for cls in (Generation, GenerateRequest) for field in dataclasses.fields(cls)]
 ALL_NULL = dict.fromkeys([*NAMES, "best_of", "use_beam_search"])
@@ -137,6 +145,17 @@ def test_logprobs_have_fastchats_shape() -> None:
         "tokens": ["a", "b", "xy", "z"],
         "top_logprobs": [None, {"c": -0.5, "b": -2.0}, {"xy": -0.25}, {"z": -1.0}],
     }
+
+
+def test_no_number_is_written_that_json_has_not() -> None:
+    # --logprobs-mode processed_logprobs: what top_k ruled out has no probability.
+    transcript = Transcript(GenerateRequest.parse({"prompt": "p", "logprobs": 2}))
+    logprobs = (TokenLogprob("a", 0.0, {"a": 0.0, "b": -math.inf}), TokenLogprob("b", -math.inf, {"c": math.nan}))
+    transcript.add(Delta("ab", 2, 1, "stop", logprobs))
+    frame = encode_frame(transcript.payload()).rstrip(b"\0")
+    payload = json.loads(frame, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert payload["logprobs"]["token_logprobs"] == [0.0, -9999.0]
+    assert payload["logprobs"]["top_logprobs"] == [{"a": 0.0, "b": -9999.0}, {"c": None}]
 
 
 def test_several_choices_finish_together() -> None:
