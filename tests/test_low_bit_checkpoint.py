@@ -293,15 +293,15 @@ def test_what_ipex_llm_saved_is_read_bit_for_bit(name: str) -> None:
     layers = {key.removesuffix(".weight") for key in original if "_proj" in key or "lm_head" in key}
     assert len(layers) == 8
     for layer in layers:
-        weight = original[f"{layer}.weight"]
-        if name == "sym_int8":
-            steps = weight.float().view(len(weight), -1, 64).abs().amax(-1, keepdim=True) / 127
-            error = (tensors[f"{layer}.weight"] - weight.float()).view(len(weight), -1, 64).abs()
-            assert (error <= steps * 0.5001).all()
-        else:
-            parts = {key.rpartition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{layer}.")}
-            expected = quantize(weight, resolve(name), 64, search=False)
-            assert torch.equal(dequantize(from_tensors(resolve(name), parts)), dequantize(expected))
+        parts = {key.rpartition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{layer}.")}
+        expected = quantize(original[f"{layer}.weight"], resolve(name), 64, search=False)
+        weight = from_tensors(resolve(name), parts)
+        assert torch.equal(weight.scales, expected.scales)
+        assert weight.mins is expected.mins is None or torch.equal(weight.mins, expected.mins)
+        # ipex-llm rounds the ties of its 8-bit codes the other way.
+        ties = (original[f"{layer}.weight"].float() / expected.scales.float().repeat_interleave(64, 1)).frac().abs()
+        differs = weight.codes != expected.codes
+        assert not differs.any() or (name == "sym_int8" and ((ties[differs] - 0.5).abs() < 1e-4).all())
     assert torch.equal(tensors["model.embed_tokens.weight"].bfloat16(), original["model.embed_tokens.weight"])
 
 

@@ -238,7 +238,7 @@ def test_what_ipex_llm_saved_is_served(name: str, results: dict[str, Result]) ->
 
     def weight_of(layer: str, _: torch.Tensor) -> torch.Tensor:
         parts = {key.rpartition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{layer}.")}
-        return parts["weight"] if name == "sym_int8" else dequantize(from_tensors(FORMATS[name], parts))
+        return dequantize(from_tensors(FORMATS[name], parts))
 
     expected = reference(IPEX_LLM / "original", weight_of)
     assert (results[f"ipex-llm's {name}"].logprobs - expected).abs().mean() < 0.06

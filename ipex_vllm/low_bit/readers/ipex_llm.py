@@ -20,7 +20,7 @@ import torch
 from ipex_vllm.low_bit.architecture import linear_layers, read_config
 from ipex_vllm.low_bit.formats import FORMATS, Format
 from ipex_vllm.low_bit.layout import to_tensors
-from ipex_vllm.low_bit.quantize import QuantizedWeight, dequantize
+from ipex_vllm.low_bit.quantize import QuantizedWeight
 from ipex_vllm.low_bit.readers.base import ExistingQuantization
 from ipex_vllm.low_bit.recipe import Recipe
 
@@ -65,8 +65,7 @@ def decode(blocks: torch.Tensor, format_name: str, in_features: int) -> Quantize
 def read(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the checkpoint's tensors under Transformers' names.
 
-    4-bit weights come as `layout.to_tensors` lays them out, their codes untouched; 8-bit ones in float32, because
-    the kernels take one scale per output channel where ipex-llm has one per 64 weights. The files are opened as plain
+    Quantized weights come as `layout.to_tensors` lays them out, their codes untouched. The files are opened as plain
     tensors: one that would run code on loading is refused by PyTorch.
     """
     name = read_config(str(directory))[MARK]
@@ -88,6 +87,5 @@ def read(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
             row_bytes = tensor.numel() // sum(sizes)
             for part, piece in zip(layers, tensor.split([size * row_bytes for size in sizes]), strict=True):
                 weight = decode(piece, name, in_features)
-                tensors = {"weight": dequantize(weight)} if name == "sym_int8" else to_tensors(weight)
-                for suffix, value in tensors.items():
+                for suffix, value in to_tensors(weight).items():
                     yield f"{part}.{suffix}", value

@@ -80,8 +80,7 @@ class LowBitConfig(QuantizationConfig):  # type: ignore[misc]
         saved_in = getattr(hf_config, ipex_llm.MARK, None)
         if saved_in is not None and saved_in != self.format.name:
             raise ValueError(already_quantized(saved_in, self.get_name()))
-        # The loader of ipex-llm's checkpoints hands out blocks of 4 bits as they are, and others dequantized.
-        if saved_in is not None and self.format.bits == 4:
+        if saved_in is not None:
             self.method, self.recipe = OpenSaved, ipex_llm.recipe_of(self.format)
         if self.method is QuantizeOnLoad:
             self.importance_file = importance.of_checkpoint(model_name)
