@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from ipex_vllm.low_bit import vllm_arguments
+from ipex_vllm.low_bit import importance, vllm_arguments
 from ipex_vllm.low_bit.completeness import check_checkpoint
 from ipex_vllm.low_bit.formats import FORMATS, Format, resolve
 from ipex_vllm.low_bit.layout import from_tensors, meta_tensors, to_tensors
@@ -72,7 +72,8 @@ def test_a_saved_checkpoint_holds_the_codes_and_everything_else_as_it_was(name: 
     original, saved = load_file(model / "model.safetensors"), load_file(out / "model.safetensors")
     layer = "model.layers.0.mlp.down_proj"
     tensors = {key.removeprefix(f"{layer}."): saved[key] for key in saved if key.startswith(layer)}
-    expected = dequantize(quantize(original[f"{layer}.weight"], FORMATS[name]))
+    inputs = importance.read(importance.of_checkpoint(str(model)))[layer]
+    expected = dequantize(quantize(original[f"{layer}.weight"], FORMATS[name], None, inputs))
     assert torch.equal(dequantize(from_tensors(FORMATS[name], tensors)), expected)
     for key in ("model.embed_tokens.weight", "model.norm.weight"):
         assert torch.equal(saved[key], original[key])

@@ -142,6 +142,11 @@ def reference(model: Path, weight_of: Callable[[str, torch.Tensor], torch.Tensor
 MERGED = {"q_proj": ("q_proj", "k_proj", "v_proj"), "gate_proj": ("gate_proj", "up_proj")}
 
 
+def rounded(weight: torch.Tensor, storage: Storage, inputs: torch.Tensor, is_saved: bool) -> torch.Tensor:
+    group_size = storage.group_size or 0
+    return dequantize(quantize(weight, storage.format, group_size, inputs, scales_inputs=not is_saved))
+
+
 def quantized(
     model: Path,
     format_name: str,
@@ -163,22 +168,18 @@ def quantized(
             continue
         storage = recipe.storage(first, weight.shape[1], is_head=first == "lm_head")
         assert isinstance(storage, Storage)
-        # Each rank has its part of every merged layer's outputs.
+        # A rank has its part of the outputs of most layers, of this one its part of the inputs.
+        if last == "o_proj":
+            pieces = zip(weight.chunk(num_ranks, 1), importances[first].chunk(num_ranks), strict=True)
+            weights[first] = torch.cat([rounded(piece, storage, inputs, is_saved) for piece, inputs in pieces], 1)
+            continue
         parts = [[weights[name].chunk(num_ranks)[rank] for name in names] for rank in range(num_ranks)]
-        rounded = [
-            dequantize(
-                quantize(
-                    torch.cat(part),
-                    storage.format,
-                    storage.group_size or 0,
-                    importances[first],
-                    scales_inputs=not is_saved,
-                )
-            ).split([len(piece) for piece in part])
+        done = [
+            rounded(torch.cat(part), storage, importances[first], is_saved).split([len(piece) for piece in part])
             for part in parts
         ]
         for index, name in enumerate(names):
-            weights[name] = torch.cat([pieces[index] for pieces in rounded])
+            weights[name] = torch.cat([pieces[index] for pieces in done])
     return reference(model, lambda name, _: weights[name])
 
 

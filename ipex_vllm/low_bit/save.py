@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from ipex_vllm.low_bit import importance
 from ipex_vllm.low_bit.architecture import Linears, linear_layers, local_directory
 from ipex_vllm.low_bit.completeness import check_checkpoint
 from ipex_vllm.low_bit.formats import Format
@@ -82,6 +83,7 @@ def _write(source: Path, out: Path, recipe: Recipe, linears: Linears, stored: di
     index: dict[str, str] = {}
     quantized = {name: storage for name, storage in stored.items() if isinstance(storage, Storage)}
     left: list[str] = []
+    importances = importance.read(importance.of_checkpoint(str(source)))
     with tqdm(total=len(quantized), desc=f"Quantizing to {recipe.format.name}", unit="layer") as bar:
         for file in weight_files(source):
             tensors: dict[str, torch.Tensor] = {}
@@ -95,7 +97,8 @@ def _write(source: Path, out: Path, recipe: Recipe, linears: Linears, stored: di
                         left.append(name)
                     continue
                 storage = quantized[layer]
-                for suffix, part in to_tensors(quantize(tensor, storage.format, storage.group_size or 0)).items():
+                weight = quantize(tensor, storage.format, storage.group_size or 0, importances.get(layer))
+                for suffix, part in to_tensors(weight).items():
                     tensors[f"{layer}.{suffix}"] = part
                 bar.update()
             name = file.with_suffix(".safetensors").name.replace("pytorch_model", "model", 1)
