@@ -41,6 +41,7 @@ $(VENV)/.ready: requirements.lock pyproject.toml $(wildcard setup.py)
 	grep -v '^torch==' requirements.lock > $(VENV)/rest.lock
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps -r $(VENV)/rest.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m ipex_vllm.worker --help >/dev/null  # lists vLLM's options, which takes long once
 	touch $@
 
 lock:  ## resolve pyproject.toml again into requirements.lock

@@ -84,8 +84,23 @@ def prepare(
     machine: MachineFacts, arguments: Sequence[str], load: EngineLoader | None
 ) -> tuple[type[Engine], WorkerOptions, Plan]:
     """Read the options and choose the settings for this machine. Raises OptionError and EngineError."""
+    engine_class = load_engine(load or ENGINES[own_options(arguments, load).engine])
     parser = make_parser(load)
-    engine_class = load_engine(load or ENGINES[own_options(arguments, load).engine], parser)
+    if engine_class.add_listed_arguments(parser):
+        # What is wrong, --help and --explain are answered before the model library is imported, which takes long.
+        options, engine_args = read_options(engine_class, parser, arguments)
+        if options.explain:
+            return engine_class, options, choose_plan(engine_class, options, engine_args, machine)
+    parser = make_parser(load)
+    add_engine_arguments(engine_class, parser)
+    options, engine_args = read_options(engine_class, parser, arguments)
+    return engine_class, options, choose_plan(engine_class, options, engine_args, machine)
+
+
+def read_options(
+    engine_class: type[Engine], parser: Parser, arguments: Sequence[str]
+) -> tuple[WorkerOptions, argparse.Namespace]:
+    """The worker's options and the engine's own, checked. Raises OptionError and EngineError."""
     args = parser.parse_args(layered_arguments(parser, arguments))
     if args.model_names is None:
         args.model_names = model_name(args.model_path)
@@ -98,15 +113,22 @@ def prepare(
     if options.conv_template is not None:
         check_template_name(options.conv_template)
     engine_class.check(options, engine_args)
-    demands = engine_class.demands(engine_args)
-    if demands.reads_checkpoint and not options.explain:
+    if engine_class.demands(engine_args).reads_checkpoint and not options.explain:
         check_weight_files(options.model_path)
+    return options, engine_args
+
+
+def choose_plan(
+    engine_class: type[Engine], options: WorkerOptions, engine_args: argparse.Namespace, machine: MachineFacts
+) -> Plan:
+    """The settings for this machine, which are logged. Raises OptionError and EngineError."""
+    demands = engine_class.demands(engine_args)
     model = ModelFacts.read(options.model_path).share_of(demands.num_hosts)
     planner = PLANNERS[options.device]
     plan = replace(planner.choose(planner.probe(machine), options, model, demands), engine_args=engine_args)
     for line in plan.lines:
         logger.info("%s", line)
-    return engine_class, options, plan
+    return plan
 
 
 def own_options(arguments: Sequence[str], load: EngineLoader | None) -> argparse.Namespace:
@@ -130,16 +152,26 @@ def make_parser(load: EngineLoader | None, add_help: bool = True) -> Parser:
     return parser
 
 
-def load_engine(load: EngineLoader, parser: argparse.ArgumentParser) -> type[Engine]:
-    """Import an engine and add its options. Raises EngineError when its model library is not installed."""
-    try:
-        engine_class = load()
+def load_engine(load: EngineLoader) -> type[Engine]:
+    """Import an engine. Raises EngineError when its model library is not installed."""
+    with told_when_not_installed():
+        return load()
+
+
+def add_engine_arguments(engine_class: type[Engine], parser: argparse.ArgumentParser) -> None:
+    """Add an engine's options as its model library has them. Raises EngineError when that is not installed."""
+    with told_when_not_installed():
         engine_class.add_arguments(parser)
+
+
+@contextlib.contextmanager
+def told_when_not_installed() -> Iterator[None]:
+    try:
+        yield
     except ImportError as error:
         raise EngineError(
             f"the engine's model library cannot be imported: {root_cause(error)}; docs/engines.md names what each needs"
         ) from error
-    return engine_class
 
 
 def check_model_directory(model_path: str) -> None:

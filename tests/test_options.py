@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from ipex_vllm import worker
+from ipex_vllm.engines.vllm_options import add_listed, keep_listing
 from ipex_vllm.errors import EngineError, OptionError
 from ipex_vllm.options import Parser, WorkerOptions, add_options, from_namespace, layered_arguments, option
 
@@ -327,6 +328,39 @@ def test_a_model_library_that_is_not_installed_is_one_line(tmp_path):
     with pytest.raises(EngineError, match=r"No module named 'no_such_model_library'; docs/engines.md") as error:
         worker.run(["--no-preload", "--model-path", str(tmp_path)], load)
     assert "\n" not in str(error.value)
+
+
+def test_vllms_options_are_listed_as_they_are_and_answer_without_vllm(engine_parser, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    listed = worker.make_parser(None)
+    own = {action.dest for action in listed._actions}
+    assert not add_listed(listed), "nothing is kept yet"
+    keep_listing(engine_parser, own)
+    assert add_listed(listed)
+    assert listed.format_help() == engine_parser.format_help()
+    listed_flags, flags = (
+        sorted((action.option_strings, action.dest, action.nargs) for action in parser._actions)
+        for parser in (listed, engine_parser)
+    )
+    assert listed_flags == flags
+    assert listed.parse_args(["--max-model-len", "2K"]).max_model_len == 2048
+
+    # The worker's answers, in a process of its own: --explain, a wrong flag, a wrong path.
+    code = (
+        "import sys; from ipex_vllm import worker; from ipex_vllm.errors import OneLine\n"
+        "for words in (['--explain'], ['--nonsense'], ['--model-path', '/nope'], ['--kv-cache-gib', 'x']):\n"
+        "    try: print(worker.run(['--no-preload', *words], None))\n"
+        "    except OneLine as error: print(error)\n"
+        "print({'vllm', 'torch', 'transformers'} & sys.modules.keys())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.splitlines() == [
+        "0",
+        "unrecognized arguments: --nonsense (see --help)",
+        "--model-path /nope does not exist: give the directory of a Hugging Face model",
+        "argument --kv-cache-gib: invalid float value: 'x' (see --help)",
+        "set()",
+    ]
 
 
 WRONG = [

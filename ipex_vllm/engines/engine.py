@@ -23,6 +23,11 @@ class Engine(abc.ABC):
         """Add the engine's own options to the worker's parser."""
 
     @classmethod
+    def add_listed_arguments(cls, parser: argparse.ArgumentParser) -> bool:
+        """Add them without the model library, from a listing of their names and kinds; False if there is none."""
+        return False
+
+    @classmethod
     def check(cls, options: WorkerOptions, args: argparse.Namespace) -> None:
         """Raise OptionError for options that this engine cannot serve; `args` are its own."""
         weight_format(options.low_bit, options.low_bit_head, options.device)

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from ipex_vllm.engines.engine import Engine
 from ipex_vllm.engines.generation import Delta, Generation, RequestError
 from ipex_vllm.engines.tokenization import PromptEncoder
+from ipex_vllm.engines.vllm_options import add_listed, keep_listing
 from ipex_vllm.engines.vllm_requests import OutputReader, request_error, sampling_params, thread_binding
 from ipex_vllm.errors import EngineError, OptionError, root_cause
 from ipex_vllm.low_bit import vllm_arguments
@@ -49,8 +50,14 @@ class VllmEngine(Engine):
         """Every `AsyncEngineArgs` option under vLLM's own name, in vLLM's own groups."""
         from vllm.engine.arg_utils import AsyncEngineArgs
 
+        own = {action.dest for action in parser._actions}
         AsyncEngineArgs.add_cli_args(parser)
         parser.set_defaults(model=None)
+        keep_listing(parser, own)
+
+    @classmethod
+    def add_listed_arguments(cls, parser: argparse.ArgumentParser) -> bool:
+        return add_listed(parser)
 
     @classmethod
     def check(cls, options: WorkerOptions, args: argparse.Namespace) -> None:

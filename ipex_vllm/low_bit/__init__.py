@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 from ipex_vllm.low_bit.formats import FORMATS, Format, resolve
@@ -33,11 +36,13 @@ def vllm_arguments(low_bit: str | None, model_path: str, device: str, head: str 
     output head's (`recipe.on_load`), None for the default. A checkpoint that is quantized already is used as it is, and
     ValueError says so in one line if it is in another format than the one asked for. Raises also as `choose_format`.
     """
-    from ipex_vllm.low_bit.readers import ours, quantized_in
-
     format = choose_format(low_bit, head, device)
     if format is not None and format.kind == "dtype":
         return {"dtype": format.dtype}
+    if head is None and is_plain(model_path):  # told without PyTorch, which the readers import
+        return {} if format is None else {"quantization": f"ipex_{format.name}"}
+    from ipex_vllm.low_bit.readers import ours, quantized_in
+
     existing = quantized_in(model_path)
     if existing is None:
         wishes = {} if head is None else {"additional_config": {ours.HEAD: head}}
@@ -50,3 +55,12 @@ def vllm_arguments(low_bit: str | None, model_path: str, device: str, head: str 
             f"give the original checkpoint to quantize that to {format.name}"
         )
     return existing.vllm_arguments
+
+
+def is_plain(model_path: str) -> bool:
+    """Whether the config.json of a directory has nothing that a quantized checkpoint's would have."""
+    try:
+        config = json.loads((Path(model_path) / "config.json").read_text())
+        return not any(value and re.search("quant|compress|low_bit", name) for name, value in config.items())
+    except (OSError, ValueError, AttributeError):
+        return False
