@@ -162,8 +162,8 @@ def _error_text(chunk: Any) -> str:
 
 
 def _split(parts: Iterator[bytes], separator: bytes) -> Iterator[bytes]:
-    """Yield what stands before each separator."""
+    """Yield what stands before each separator; nothing there is a worker's sign of life."""
     rest = b""
     for part in parts:
         *complete, rest = (rest + part).split(separator)
-        yield from complete
+        yield from filter(None, complete)

@@ -1,18 +1,41 @@
-"""FastChat's OpenAI API server on today's pydantic: `python -m ipex_vllm.fastchat_api`, with its own flags.
+"""FastChat's OpenAI API server on today's pydantic, guarded: `python -m ipex_vllm.fastchat_api`, with its own flags.
 
 FastChat 0.2.36 streams with `model.json(ensure_ascii=False)`, which pydantic 2 refuses, and vLLM needs pydantic 2. So
-this gives pydantic's models that one keyword back, and then runs FastChat's own module as it is.
+this gives pydantic's models that one keyword back, and then runs FastChat's own module as it is, behind a guard: a
+request is checked first (fastchat_requests.py), every failure is an error in OpenAI's form, and a stream that waits
+shows signs of life.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import json
+import logging
+import os
 import runpy
 import sys
+import time
+from collections.abc import AsyncIterator
 from typing import Any
 
+import aiohttp
+import httpx
+import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ipex_vllm.fastchat_requests import BadRequest, check_for, read_body
+
+logger = logging.getLogger("ipex_vllm.fastchat_api")  # __name__ is "__main__"
 
 MODULE = "fastchat.serve.openai_api_server"
+MAX_BODY_BYTES = 16 << 20
+SIGN_OF_LIFE_S = 15.0  # proxies and clients give up after a minute or more
+SIGN_OF_LIFE = b": waiting\n\n"  # a comment, which readers of server-sent events skip
 
 
 def json_as_in_pydantic_1(self: BaseModel, *, ensure_ascii: bool = False, **options: Any) -> str:
@@ -22,8 +45,144 @@ def json_as_in_pydantic_1(self: BaseModel, *, ensure_ascii: bool = False, **opti
 
 def main() -> None:
     BaseModel.json = json_as_in_pydantic_1  # type: ignore[method-assign]
+    # It calls the controller and the workers: a proxy would only lose them.
+    os.environ.update(NO_PROXY="*", no_proxy="*")
+    run_server = uvicorn.run
+
+    def run_guarded(app: FastAPI, **options: Any) -> None:
+        app.user_middleware.append(Middleware(Guard))  # the innermost: refusals have CORS headers too
+        run_server(app, **options)
+
+    uvicorn.run = run_guarded  # type: ignore[assignment]  # which FastChat's module calls last
     sys.argv[0] = MODULE
     runpy.run_module(MODULE, run_name="__main__")
+
+
+class Guard:
+    """Lets through what FastChat reads as it was meant, and ends what fails with an error that a client can show."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        answer = Answer(send)
+        try:
+            check = check_for(scope["path"]) if scope["method"] == "POST" else None
+            if check is not None:
+                content = json.dumps(check(read_body(await whole_body(receive)))).encode()
+                scope, receive = with_body(scope, receive, content)
+            async with answer.alive():
+                await self._app(scope, receive, answer.send)
+        except BadRequest as error:
+            await error_response(400, str(error), error.param)(scope, receive, send)
+        except ClientGone:
+            pass
+        except Exception as error:
+            cause = innermost(error)
+            logger.error("%s failed: %.500r", scope["path"], cause)
+            logger.debug("%s failed", scope["path"], exc_info=error)
+            if not answer.has_begun:
+                await told(cause)(scope, receive, send)
+            elif answer.is_event_stream:
+                await answer.end_with(bytes(told(cause).body))
+            else:
+                raise
+
+
+class Answer:
+    """What has been sent of an answer, and signs of life while nothing is."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._sent_at = time.monotonic()
+        self.has_begun = self.is_event_stream = self._has_ended = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.has_begun = True
+            headers = dict(message["headers"])
+            self.is_event_stream = headers.get(b"content-type", b"").startswith(b"text/event-stream")
+        elif message["type"] == "http.response.body":
+            self._has_ended = not message.get("more_body", False)
+        self._sent_at = time.monotonic()
+        await self._send(message)
+
+    @contextlib.asynccontextmanager
+    async def alive(self) -> AsyncIterator[None]:
+        """Send a comment into a stream of events whenever it has been silent for SIGN_OF_LIFE_S."""
+        task = asyncio.create_task(self._show_life())
+        try:
+            yield
+        finally:
+            task.cancel()
+
+    async def _show_life(self) -> None:
+        while not self._has_ended:
+            silent_s = time.monotonic() - self._sent_at
+            if silent_s >= SIGN_OF_LIFE_S and self.is_event_stream:
+                await self.send({"type": "http.response.body", "body": SIGN_OF_LIFE, "more_body": True})
+            await asyncio.sleep(max(SIGN_OF_LIFE_S - silent_s, SIGN_OF_LIFE_S / 10))
+
+    async def end_with(self, error: bytes) -> None:
+        """End a stream of events with an error."""
+        body = b"data: " + error + b"\n\ndata: [DONE]\n\n"
+        await self.send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+class ClientGone(Exception):
+    pass
+
+
+async def whole_body(receive: Receive) -> bytes:
+    """The request's body. Raises BadRequest for one that is too large, and ClientGone."""
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        body += message.get("body", b"")
+        if len(body) > MAX_BODY_BYTES:
+            raise BadRequest(f"The request body is larger than {MAX_BODY_BYTES >> 20} MiB.")
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+def with_body(scope: Scope, receive: Receive, content: bytes) -> tuple[Scope, Receive]:
+    """The request with another body, told as what it is: JSON."""
+    replaced = (b"content-length", b"content-type", b"transfer-encoding")
+    headers = [(name, value) for name, value in scope["headers"] if name not in replaced]
+    headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))]
+    parts = [{"type": "http.request", "body": content, "more_body": False}]
+
+    async def receive_content() -> Message:
+        return parts.pop() if parts else await receive()
+
+    return {**scope, "headers": headers}, receive_content
+
+
+def told(error: BaseException) -> JSONResponse:
+    """What a client is told of a failure. FastChat has no kinds of errors but Python's."""
+    if isinstance(error, ValueError) and str(error).startswith("No available worker"):
+        return error_response(503, f"{error}. Try again later.")
+    if isinstance(error, (httpx.HTTPError, aiohttp.ClientError, OSError)):
+        return error_response(503, "The model's worker or the controller does not answer. Try again later.")
+    return error_response(500, "The server failed on this request; its log says how.")
+
+
+def error_response(status: int, message: str, param: str | None = None) -> JSONResponse:
+    """An error in OpenAI's form."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": None}}, status)
+
+
+def innermost(error: BaseException) -> BaseException:
+    """The one error of a group of one: what runs in a task group fails with a group."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 if __name__ == "__main__":

@@ -99,6 +99,7 @@ def make_services(options: UpOptions, workers: Sequence[dict[str, Any]]) -> list
             options.controller_port,
             partial(posts_ok, f"{controller_url}/list_models"),
             host=options.host,
+            environ={"NO_PROXY": "*", "no_proxy": "*"},  # it polls the workers: a proxy would only lose them
         )
     ]
     for index, flags in enumerate(workers):

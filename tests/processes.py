@@ -152,8 +152,9 @@ def fastchat_controller(folder: Path, **environ: str) -> Server:
     return Server(folder, "/test_connection", "fastchat.serve.controller", **environ)
 
 
-def fastchat_api(folder: Path, controller_url: str) -> Server:
-    return Server(folder, "/v1/models", "ipex_vllm.fastchat_api", "--controller-address", controller_url)
+def fastchat_api(folder: Path, controller_url: str, **environ: str) -> Server:
+    arguments = ("ipex_vllm.fastchat_api", "--controller-address", controller_url)
+    return Server(folder, "/v1/models", *arguments, **environ)
 
 
 def register(controller_url: str, worker_url: str, server: FastChatServer) -> None:
@@ -179,17 +180,19 @@ class Stack:
     worker: str
     controller: str
     openai_server: str
+    api: Server
 
 
 @contextlib.contextmanager
-def fastchat_stack(folder: Path, server: FastChatServer) -> Iterator[Stack]:
+def fastchat_stack(folder: Path, server: FastChatServer, **environ: str) -> Iterator[Stack]:
+    """The controller and the API server, the latter with `environ`, in front of `server`."""
     with (
         serving(server) as worker_url,
         fastchat_controller(folder / "controller") as controller,
-        fastchat_api(folder / "api", controller.url) as api,
+        fastchat_api(folder / "api", controller.url, **environ) as api,
     ):
         register(controller.url, worker_url, server)
-        yield Stack(worker_url, controller.url, api.url)
+        yield Stack(worker_url, controller.url, api.url, api)
 
 
 class Service(Program):

@@ -136,7 +136,7 @@ def split_frames(content: bytes) -> list[dict[str, Any]]:
     """All frames of a finished stream, which must end with a complete one."""
     *frames, rest = content.split(b"\0")
     assert rest == b""
-    return [json.loads(frame) for frame in frames]
+    return [json.loads(frame) for frame in frames if frame]  # an empty one is a sign of life
 
 
 def stream(url: str, **params: Any) -> list[dict[str, Any]]:

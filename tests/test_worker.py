@@ -91,6 +91,18 @@ def test_the_whole_service_on_an_ipv6_address(fake_workers: str, tmp_path: Path)
         assert service.stop() == 0
 
 
+def test_a_proxy_in_the_environment_is_asked_for_nothing(fake_workers: str, tmp_path: Path) -> None:
+    dead = f"http://127.0.0.1:{free_port()}"
+    environ = {"HTTP_PROXY": dead, "http_proxy": dead, "ALL_PROXY": dead, "all_proxy": dead}
+    environ |= {"NO_PROXY": "", "no_proxy": "", "PYTHONPATH": str(ROOT)}
+    with Service(tmp_path / "up", "--config", fake_workers, **environ) as service:
+        assert httpx.get(f"{service.api_url}/v1/models", trust_env=False).json()["data"], "the controller polled it"
+        body = {"model": "fake", "messages": "p", "stream": True}
+        events = httpx.post(f"{service.api_url}/v1/chat/completions", json=body, trust_env=False).text
+        assert '"content":"word word "' in events or events.count('"content":"word "') == 2
+        assert events.endswith("data: [DONE]\n\n")
+
+
 def test_a_hangup_drains_a_worker(tmp_path: Path) -> None:
     with (
         fake_worker(tmp_path / "worker", FAKE_TEXTS="20", FAKE_INTERVAL_S="0.1") as running,

@@ -45,6 +45,8 @@ Result = TypeVar("Result")
 FRAME_BYTES_PER_S = 64 * 1024
 MIN_FRAME_INTERVAL_S = 0.02
 MAX_BODY_BYTES = 16 << 20
+# FastChat's API server and web UI end a stream that is silent for 100 s, without an error. They skip an empty frame.
+SIGN_OF_LIFE_S = 15.0
 
 
 class FrameResponse(StreamingResponse):
@@ -54,16 +56,30 @@ class FrameResponse(StreamingResponse):
         super().__init__((), headers=headers, media_type=FRAMES_MEDIA_TYPE)  # the frames are sent below
         self._frames = frames
         self._tally = tally
+        self._sent_at = time.monotonic()
 
     async def stream_response(self, send: Send) -> None:
         async with aclosing(self._frames) as frames:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for payload in frames:
-                body = encode_frame(payload)
-                self._tally.frames += 1
-                self._tally.frame_bytes += len(body)
-                await send({"type": "http.response.body", "body": body, "more_body": True})
+            signs_of_life = asyncio.create_task(self._show_life(send))
+            try:
+                async for payload in frames:
+                    body = encode_frame(payload)
+                    self._tally.frames += 1
+                    self._tally.frame_bytes += len(body)
+                    self._sent_at = time.monotonic()
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
+            finally:
+                signs_of_life.cancel()
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _show_life(self, send: Send) -> None:
+        """Send an empty frame whenever there was none for SIGN_OF_LIFE_S, as while the request queues."""
+        while True:
+            await asyncio.sleep(self._sent_at + SIGN_OF_LIFE_S - time.monotonic())
+            if time.monotonic() >= self._sent_at + SIGN_OF_LIFE_S:
+                self._sent_at = time.monotonic()
+                await send({"type": "http.response.body", "body": b"\0", "more_body": True})
 
 
 class FastChatServer:

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from ipex_vllm.engines.generation import InternalError
+from ipex_vllm.serving import fastchat
 from tests.support import FakeEngine, generate, make_server, raw_post, serving, split_frames, stream
 
 
@@ -127,6 +128,19 @@ def test_beyond_the_slots_requests_wait_and_beyond_the_queue_they_are_refused() 
         codes = sorted(answer.result()["error_code"] for answer in answers)
         assert codes == [0] * 5 + [42903] * 4
         assert server.core.slots.queue_length == 0
+
+
+def test_a_stream_shows_signs_of_life_while_it_queues_and_while_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastchat, "SIGN_OF_LIFE_S", 0.1)
+    server = make_server(FakeEngine(["a", "b"], interval_s=0.5), limit=1)
+    with serving(server) as url, ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(httpx.post, f"{url}/worker_generate_stream", json={"prompt": "p"}) for _ in range(2)]
+        contents = sorted((answer.result().content for answer in answers), key=lambda content: content.count(b"\0\0"))
+    for content in contents:
+        assert content.startswith(b"\0\0")
+        assert split_frames(content)[-1]["text"] == "pab"
+    first, second = (len(content.split(b"{")[0]) for content in contents)
+    assert second > first, "the second one queued for as long as the first one ran"
 
 
 def test_a_disconnect_frees_the_slot_and_the_engine_at_once() -> None:
