@@ -17,7 +17,7 @@ import httpx
 
 from ipex_vllm.errors import OptionError, run_main
 from ipex_vllm.options import Parser, add_options, from_namespace, layered_arguments, option
-from ipex_vllm.ports import check_port
+from ipex_vllm.ports import check_port, check_url
 
 ROOT = Path(__file__).parents[1]
 SERVER = Path(__file__).with_name("webui_server.py")
@@ -68,11 +68,13 @@ def prepare(arguments: Sequence[str]) -> list[str]:
             "(IPEX_VLLM_WEBUI_ENV names one elsewhere)"
         )
     controller_url = options.controller_url.rstrip("/")
+    check_url("--controller-url", controller_url)
     check_controller(controller_url)
     check_port(options.host, options.port)
+    host = f"[{options.host}]" if ":" in options.host else options.host  # Gradio makes a URL of it
     return [
         *(str(python), "-I", "-u", "-W", "ignore", str(SERVER)),
-        *("--controller-url", controller_url, "--host", options.host, "--port", str(options.port)),
+        *("--controller-url", controller_url, "--host", host, "--port", str(options.port)),
         *("--model-list-mode", "reload"),  # workers come and go: ask the controller at every page load
         *others,
     ]

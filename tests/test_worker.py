@@ -83,8 +83,11 @@ def is_bound(port: int) -> bool:
 
 
 def test_the_whole_service_on_an_ipv6_address(fake_workers: str, tmp_path: Path) -> None:
-    with Service(tmp_path / "up", "--config", fake_workers, host="::1", PYTHONPATH=str(ROOT)) as service:
+    port = free_port()
+    arguments = ("--config", fake_workers, "--web", "--web-port", str(port))
+    with Service(tmp_path / "up", *arguments, host="::1", PYTHONPATH=str(ROOT)) as service:
         assert service.models() == ["fake"]
+        assert httpx.get(f"http://[::1]:{port}/", trust_env=False).is_success
         body = {"model": "fake", "prompt": "p"}
         answer = httpx.post(f"{service.api_url}/v1/completions", json=body, trust_env=False).json()
         assert answer["choices"][0]["text"] == "word word "
