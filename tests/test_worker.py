@@ -74,7 +74,6 @@ def test_a_worker_that_cannot_listen_ends_and_registers_nowhere(controller: str,
 
 def is_bound(port: int) -> bool:
     with socket.socket() as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             sock.bind(("127.0.0.1", port))
         except OSError:
