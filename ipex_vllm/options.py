@@ -144,6 +144,7 @@ class WorkerOptions:
         "torch.compile the model: a slower start, faster steps; default: by the size of the model", None
     )
     preload: bool = option("preload Intel's OpenMP and tcmalloc when they are installed", True)
+    verbose: bool = option("show what the model library logs, too", False)
     explain: bool = option("print what would be chosen for this machine, and why, and exit", False)
 
     @property

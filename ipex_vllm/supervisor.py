@@ -21,7 +21,7 @@ from rich.text import Text
 
 from ipex_vllm.errors import OneLine, OptionError
 from ipex_vllm.lifetime import die_with_parent
-from ipex_vllm.options import CONFIG_VARIABLE
+from ipex_vllm.options import CONFIG_VARIABLE, ENVIRONMENT_PREFIX
 from ipex_vllm.ports import check_port
 
 COLORS = ("cyan", "green", "magenta", "yellow", "blue", "bright_red")
@@ -69,7 +69,9 @@ class Supervisor:
         # An empty LOGDIR keeps FastChat from writing log files.
         self._environ = {"LOGDIR": "", **os.environ}
         self._environ.pop(CONFIG_VARIABLE, None)  # a file for this program, which a worker would refuse
-        if not is_verbose:
+        if is_verbose:
+            self._environ[f"{ENVIRONMENT_PREFIX}VERBOSE"] = "true"
+        else:
             self._environ = {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore", **self._environ}
         self._tasks: set[asyncio.Task[None]] = set()
         self._styles = {service.name: COLORS[i % len(COLORS)] for i, service in enumerate(services)}

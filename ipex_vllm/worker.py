@@ -84,7 +84,10 @@ def prepare(
     machine: MachineFacts, arguments: Sequence[str], load: EngineLoader | None
 ) -> tuple[type[Engine], WorkerOptions, Plan]:
     """Read the options and choose the settings for this machine. Raises OptionError and EngineError."""
-    engine_class = load_engine(load or ENGINES[own_options(arguments, load).engine])
+    early = own_options(arguments, load)
+    engine_class = load_engine(load or ENGINES[early.engine])
+    if not early.verbose:
+        engine_class.quiet()
     parser = make_parser(load)
     if engine_class.add_listed_arguments(parser):
         # What is wrong, --help and --explain are answered before the model library is imported, which takes long.

