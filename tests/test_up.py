@@ -118,6 +118,18 @@ async def test_progress_bars_and_fastchats_stderr_are_readable_lines() -> None:
     assert "noise" not in printed(out)
 
 
+@pytest.mark.parametrize("is_verbose", [True, False])
+async def test_the_workers_are_as_verbose_as_the_service(is_verbose: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("IPEX_VLLM_VERBOSE", "VLLM_LOGGING_LEVEL"):
+        monkeypatch.delenv(name, raising=False)
+    code = "import os; print(os.environ.get('IPEX_VLLM_VERBOSE'), os.environ.get('VLLM_LOGGING_LEVEL'))"
+    service = script("worker", code, never)
+    supervisor = Supervisor([service], console(), is_verbose)
+    with pytest.raises(ServiceFailed, match="true None" if is_verbose else "None ERROR"):
+        await supervisor.start()
+    await supervisor.stop()
+
+
 def test_a_file_describes_several_workers(tmp_path: Path) -> None:
     file = tmp_path / "service.yaml"
     file.write_text(
