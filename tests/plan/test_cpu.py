@@ -422,8 +422,8 @@ def test_experts_are_counted_as_what_they_are(tmp_path):
     model = ModelFacts.read(write_model(tmp_path, LLAMA_1B))
     assert model.tensors["lm_head.weight"] == ((1000, 256), 2)
     kept = 2 * 256 * (1000 + 2 * 512)
-    # 4 bits and a scale of 16 for 64; the head in 8 bits, with a scale for each output.
-    quantized = 256 * 256 * 4.25 / 8 + 1000 * 256 + 4 * 1000
+    # 4 bits and a scale of 16 for 32; the head in 8 bits, with a scale of 32 for 64.
+    quantized = 256 * 256 * 4.5 / 8 + 1000 * 256 * (1 + 4 / 64)
     assert weight_bytes(model, WorkerOptions(low_bit="sym_int4")) == kept + quantized
     assert weight_bytes(model.share_of(2), WorkerOptions(low_bit="sym_int4")) == (kept + quantized) // 2
     assert weight_bytes(model, WorkerOptions(low_bit="fp32")) == 2 * end
