@@ -9,6 +9,8 @@ from ipex_vllm.errors import OneLine, OptionError, run_main
 from ipex_vllm.low_bit.formats import FORMATS, resolve
 from ipex_vllm.options import Parser
 
+OWN_TEXT = "own"  # as `save.save` has it, which imports torch
+
 
 def run() -> None:
     """Raises OptionError, and OneLine for a checkpoint that cannot be read or written."""
@@ -22,6 +24,14 @@ def run() -> None:
     save.add_argument("--out", required=True, type=Path, help="directory to write, new or empty")
     save.add_argument("--low-bit-head", help='format of the output head: a name, "same" or "none"; default: 8 bits')
     save.add_argument("--group-size", type=int, help="inputs that share a scale; default: the format's own number")
+    save.add_argument(
+        "--calibrate",
+        nargs="?",
+        const=OWN_TEXT,
+        metavar="TEXT",
+        help="round by what the inputs of each layer are on a text, by default one that the model writes itself: "
+        "minutes, and the whole model in memory, for answers nearer to the original's",
+    )
     options = parser.parse_args()
 
     try:
@@ -31,11 +41,19 @@ def run() -> None:
     if options.out.exists() and not options.out.is_dir():
         raise OptionError(f"--out {options.out} is a file: give a directory, new or empty")
 
+    if options.calibrate not in (None, OWN_TEXT) and not Path(options.calibrate).is_file():
+        raise OptionError(f"--calibrate {options.calibrate}: there is no such text")
+
     from ipex_vllm.low_bit.save import save as save_checkpoint
 
     try:
         save_checkpoint(
-            resolve_model_path(options.model_path), format, options.out, options.low_bit_head, options.group_size
+            resolve_model_path(options.model_path),
+            format,
+            options.out,
+            options.low_bit_head,
+            options.group_size,
+            options.calibrate,
         )
     except ValueError as error:
         raise OneLine(str(error)) from error

@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
+from ipex_vllm.machine.checkpoint import weight_files
+
 logger = logging.getLogger(__name__)
 
 NUM_TOKENS = 128
@@ -157,7 +159,7 @@ def _cache_file(model_path: str) -> Path:
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(model_path, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"]))
-    for file in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+    for file in (*weight_files(folder), folder / "config.json"):
         facts = file.stat()
         key.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ipex_vllm.low_bit import importance
 from ipex_vllm.low_bit.architecture import Linears, linear_layers, local_directory
+from ipex_vllm.low_bit.calibrate import quantized_layers
 from ipex_vllm.low_bit.completeness import check_checkpoint
 from ipex_vllm.low_bit.formats import Format
 from ipex_vllm.low_bit.layout import to_tensors
@@ -27,12 +28,23 @@ from ipex_vllm.machine.checkpoint import header_of, some, weight_files
 DESCRIBE_THE_SOURCE = ("pytorch_model.bin.index.json", "consolidated.safetensors.index.json", "params.json")
 
 
-def save(model_path: str, format: Format, out: Path, head: str | None = None, group_size: int | None = None) -> None:
+OWN_TEXT = "own"  # what `save` calibrates on when no text is given: what the model writes itself
+
+
+def save(
+    model_path: str,
+    format: Format,
+    out: Path,
+    head: str | None = None,
+    group_size: int | None = None,
+    calibration: Path | Literal["own"] | None = None,
+) -> None:
     """Quantize the checkpoint at `model_path`, a directory or a Hugging Face name, into the new directory `out`.
 
     The weights of the linear layers are replaced one by one, so memory holds one file of the result at a time. `head`
-    and `group_size` are those of `recipe.on_save`. What is stored in sym_int4, sym_int8 and fp8_e4m3 only is marked as
-    compressed-tensors, which vLLM and others open without this package.
+    and `group_size` are those of `recipe.on_save`. With `calibration`, a text or `OWN_TEXT`, rounding goes further
+    (`calibrate.py`), with the whole model in memory. What is stored in sym_int4, sym_int8 and fp8_e4m3 only is marked
+    as compressed-tensors, which vLLM and others open without this package.
     Raises ValueError for a dtype format, a checkpoint that is quantized already, is not complete or has no layer to
     quantize, or an `out` that is not an empty directory; then nothing is left of `out`.
     """
@@ -55,7 +67,12 @@ def save(model_path: str, format: Format, out: Path, head: str | None = None, gr
     check_quantizable(source, linears, stored)
     out.mkdir(parents=True, exist_ok=True)
     try:
-        _write(source, out, recipe, linears, stored)
+        quantized = {name: storage for name, storage in stored.items() if isinstance(storage, Storage)}
+        calibrated: dict[str, dict[str, torch.Tensor]] = {}
+        if calibration is not None:
+            text = None if calibration == OWN_TEXT else Path(calibration)
+            calibrated = dict(quantized_layers(str(source), quantized, text))
+        _write(source, out, recipe, linears, stored, calibrated)
         check_checkpoint(out)
     except BaseException:  # Ctrl-C as well: half a checkpoint looks like a whole one
         shutil.rmtree(out, ignore_errors=True)
@@ -79,7 +96,14 @@ def names_in(file: Path) -> Iterable[str]:
     return header_of(file) if file.suffix == ".safetensors" else (name for name, _ in ours.tensors_of(file))
 
 
-def _write(source: Path, out: Path, recipe: Recipe, linears: Linears, stored: dict[str, Storage | str]) -> None:
+def _write(
+    source: Path,
+    out: Path,
+    recipe: Recipe,
+    linears: Linears,
+    stored: dict[str, Storage | str],
+    calibrated: dict[str, dict[str, torch.Tensor]],
+) -> None:
     index: dict[str, str] = {}
     quantized = {name: storage for name, storage in stored.items() if isinstance(storage, Storage)}
     left: list[str] = []
@@ -97,8 +121,10 @@ def _write(source: Path, out: Path, recipe: Recipe, linears: Linears, stored: di
                         left.append(name)
                     continue
                 storage = quantized[layer]
-                weight = quantize(tensor, storage.format, storage.group_size or 0, importances.get(layer))
-                for suffix, part in to_tensors(weight).items():
+                if (parts := calibrated.get(layer)) is None:
+                    weight = quantize(tensor, storage.format, storage.group_size or 0, importances.get(layer))
+                    parts = to_tensors(weight)
+                for suffix, part in parts.items():
                     tensors[f"{layer}.{suffix}"] = part
                 bar.update()
             name = file.with_suffix(".safetensors").name.replace("pytorch_model", "model", 1)
