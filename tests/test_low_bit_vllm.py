@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -324,3 +325,21 @@ def test_upstreams_own_server_serves_a_format(tmp_path: Path) -> None:
         answer = httpx.post(url, json=body, trust_env=False, timeout=60).raise_for_status().json()
         assert "from weakref import WeakValueDictionary" in answer["choices"][0]["message"]["content"]
         assert "layers use the kernel w4a8" in server.output
+
+
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="only AMX has registers to ask for")
+@pytest.mark.parametrize(("plugins", "status"), [("", -signal.SIGILL), ("ipex_vllm_low_bit", 0)])
+def test_upstream_alone_does_not_ask_for_amx(plugins: str, status: int, models: dict[str, Path]) -> None:
+    """Where the first of these two fails, `register.allow_amx` is no longer needed."""
+    code = """if __name__ == "__main__":
+    import sys
+    from vllm import LLM, SamplingParams
+    small = {"max_model_len": 64, "kv_cache_memory_bytes": 1 << 24, "gpu_memory_utilization": 0.1}
+    llm = LLM(sys.argv[1], dtype="bfloat16", enforce_eager=True, skip_tokenizer_init=True, **small)
+    sampling = SamplingParams(max_tokens=4, detokenize=False)
+    llm.generate({"prompt_token_ids": [1, 2, 3]}, sampling, use_tqdm=False)
+    """
+    variables = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_PLUGINS": plugins, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, str(models["llama"])]
+    done = subprocess.run(command, env=variables | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}, capture_output=True)
+    assert done.returncode == status, done.stderr[-2000:]
