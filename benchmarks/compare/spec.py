@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.load.generate import LoadOptions
-from benchmarks.micro.bound import FORMATS
+from benchmarks.micro.bound import WEIGHTS
 from benchmarks.options import BenchmarkError, from_mapping, read_yaml
 from ipex_vllm.options import option
 
@@ -21,7 +21,7 @@ class SystemSpec:
     """A system to compare."""
 
     system: str = option("a name from benchmarks.compare.systems")
-    format: str = option("its weights, for the system and the roofline: a name from benchmarks.micro.bound.FORMATS")
+    format: str = option("its weights, for the system and the roofline: a name from benchmarks.micro.bound.WEIGHTS")
     flags: str = option("more of its command line, quoted as in a shell", "")
     env: dict[str, Any] = field(default_factory=dict, metadata={"help": "environment variables"})
 
@@ -79,8 +79,8 @@ class Spec:
 
     def _check(self, path: Path) -> None:
         for name, system in self.systems.items():
-            if system.format not in FORMATS:
-                raise BenchmarkError(f"{path}: systems: {name}: format must be one of {', '.join(FORMATS)}")
+            if system.format not in WEIGHTS:
+                raise BenchmarkError(f"{path}: systems: {name}: format must be one of {', '.join(WEIGHTS)}")
         if self.baseline not in self.systems:
             raise BenchmarkError(f"{path}: baseline {self.baseline!r} is none of the systems {', '.join(self.systems)}")
         if self.rounds < 2:

@@ -15,7 +15,7 @@ from benchmarks.load.generate import Interrupted, LoadOptions, Work, run_load
 from benchmarks.load.metrics import Slo, Timeline, summarize
 from benchmarks.load.resources import ResourceSampler
 from benchmarks.load.workload import Lengths
-from benchmarks.micro.bound import FORMATS, ModelShape, Peaks, bound_tps
+from benchmarks.micro.bound import WEIGHTS, ModelShape, Peaks, bound_tps
 
 
 @dataclass(frozen=True)
@@ -82,4 +82,4 @@ def bound_of(options: LoadOptions, work: Work, peaks: Peaks, shape: ModelShape, 
     if not is_plain or {prompt.kind, output.kind} != {"fixed"} or not isinstance(work.arrivals, ClosedLoop):
         return None
     lengths = int(prompt.parameters[0]), int(output.parameters[0])
-    return bound_tps(peaks, shape, FORMATS[format], work.arrivals.concurrency, *lengths)
+    return bound_tps(peaks, shape, WEIGHTS[format], work.arrivals.concurrency, *lengths)

@@ -11,7 +11,7 @@ from benchmarks.load.client import PROTOCOLS, only_model
 from benchmarks.load.generate import LoadOptions
 from benchmarks.load.measure import Target
 from benchmarks.load.resources import listening_pid
-from benchmarks.micro.bound import FORMATS
+from benchmarks.micro.bound import WEIGHTS
 from benchmarks.options import add_options
 from ipex_vllm.options import Parser, option
 
@@ -25,7 +25,7 @@ class ServerOptions:
     model: str | None = option("name of the model there; default: the only one it serves", None)
     model_path: str = option("the model's local directory: its tokenizer counts the prompts' tokens")
     weights: str | None = option(
-        f"measure the machine first and give the share of the roofline for weights in {', '.join(FORMATS)}", None
+        f"measure the machine first and give the share of the roofline for weights in {', '.join(WEIGHTS)}", None
     )
     out: str | None = option("write JSON, CSV, Markdown and plots into this directory", None)
 

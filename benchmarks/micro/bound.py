@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks.options import BenchmarkError
 from ipex_vllm.low_bit import formats as low_bit
+from ipex_vllm.low_bit.recipe import Storage, on_load
 
 BUFFER_BYTES = 2**30
 MATMUL_SIZE = 2048
@@ -23,7 +24,7 @@ REPEATS = 5
 
 
 @dataclass(frozen=True)
-class Format:
+class Weights:
     """How a system keeps its weights: bits per weight, scales included, and what its matmuls compute in."""
 
     bits: float
@@ -31,18 +32,28 @@ class Format:
     compute: str
 
     @classmethod
-    def of(cls, row: low_bit.Format) -> Format:
-        """One of our formats: a group has a 16-bit scale, an asymmetric one a 16-bit minimum beside it."""
-        extra = (16 if row.symmetric else 32) / row.group_size if row.group_size else 0
-        return cls(row.bits + extra, row.bits + extra, "int8" if row.kind == "integer" else "float")
+    def of(cls, row: low_bit.Format) -> Weights:
+        """One of our formats, as `recipe.on_load` stores a layer and the output head."""
+        if row.kind == "dtype":
+            return cls(row.bits, row.bits, "float")
+        recipe = on_load(row)
+        body, head = (recipe.storage("layer", 4096, is_head=is_head) for is_head in (False, True))
+        return cls(_bits(body), _bits(head), "int8" if row.kind == "integer" else "float")
+
+
+def _bits(storage: Storage | str) -> float:
+    """Bits per weight: a group has a 16-bit scale, an asymmetric one a 16-bit minimum beside it."""
+    assert isinstance(storage, Storage)
+    format, size = storage.format, storage.group_size
+    return format.bits + ((16 if format.symmetric else 32) / size if size else 0)
 
 
 # head_bits are those of the output projection, which OpenVINO keeps in 8 bits.
-FORMATS = {name: Format.of(row) for name, row in low_bit.FORMATS.items()} | {
-    "openvino_int8": Format(8, 8, "int8"),
-    "openvino_int4": Format(4.25, 8, "int8"),
-    "q4_0": Format(4.5, 4.5, "int8"),
-    "q8_0": Format(8.5, 8.5, "int8"),
+WEIGHTS = {name: Weights.of(row) for name, row in low_bit.FORMATS.items()} | {
+    "openvino_int8": Weights(8, 8, "int8"),
+    "openvino_int4": Weights(4.25, 8, "int8"),
+    "q4_0": Weights(4.5, 4.5, "int8"),
+    "q8_0": Weights(8.5, 8.5, "int8"),
 }
 
 
@@ -88,7 +99,7 @@ class ModelShape:
 
 
 def bound_tps(
-    peaks: Peaks, shape: ModelShape, format: Format, concurrency: int, prompt_tokens: int, output_tokens: int
+    peaks: Peaks, shape: ModelShape, format: Weights, concurrency: int, prompt_tokens: int, output_tokens: int
 ) -> float:
     """Most output tokens/s that `concurrency` requests in step can have, prefill included.
 

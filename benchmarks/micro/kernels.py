@@ -124,7 +124,7 @@ def available_kernels() -> list[str]:
     return [name for name in KERNELS if name not in missing]
 
 
-class Machine:
+class BusyMachine:
     """The read bandwidth and the int8 peak, measured between the kernels' own calls."""
 
     def __init__(self, threads: int) -> None:
@@ -151,7 +151,9 @@ class Machine:
         return float(self.library.int8_ops_per_second(self.threads))
 
 
-def measure(machine: Machine, kernels: dict[str, list[Linear]], x: torch.Tensor, weight_bytes: int) -> dict[str, float]:
+def measure(
+    machine: BusyMachine, kernels: dict[str, list[Linear]], x: torch.Tensor, weight_bytes: int
+) -> dict[str, float]:
     """Median seconds of each kernel for x, and the medians of `read_bytes_per_s` and `int8_ops_per_s` beside them."""
     samples: dict[str, list[float]] = {name: [] for name in [*kernels, "read_bytes_per_s", "int8_ops_per_s"]}
     begun, repeat = time.perf_counter(), 0
@@ -170,7 +172,7 @@ def measure(machine: Machine, kernels: dict[str, list[Linear]], x: torch.Tensor,
 
 
 def benchmark_shape(
-    machine: Machine, names: list[str], outputs: int, inputs: int, rows: list[int]
+    machine: BusyMachine, names: list[str], outputs: int, inputs: int, rows: list[int]
 ) -> list[dict[str, Any]]:
     kernels = {}
     for name in names:
@@ -220,7 +222,7 @@ def main() -> int:
     cpu.apply(MachineFacts.probe())  # the libraries that the worker computes with
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    names, machine = available_kernels(), Machine(args.threads)
+    names, machine = available_kernels(), BusyMachine(args.threads)
     head = ["shape", "rows", *names, f"best other / {INT4}", f"onednn w8a8 / {INT8}", "of read", "of peak"]
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
     results = []

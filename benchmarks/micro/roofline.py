@@ -11,13 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.micro.bound import FORMATS, ModelShape, bound_tps, measure_peaks
+from benchmarks.micro.bound import WEIGHTS, ModelShape, bound_tps, measure_peaks
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure memory bandwidth and matmul peaks; print a model's bound.")
     parser.add_argument("--model-path", type=Path, help="model directory to give a bound for")
-    parser.add_argument("--format", choices=FORMATS, default="bf16")
+    parser.add_argument("--format", choices=WEIGHTS, default="bf16")
     parser.add_argument("--concurrency", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=64, help="prompt tokens")
     parser.add_argument("--output", type=int, default=32, help="output tokens")
@@ -30,7 +30,7 @@ def main() -> int:
         print(f", {kind} matmul {getattr(peaks, f'{kind}_ops_per_s') / 1e12:.3f} TOP/s", end="")
     print()
     if shape:
-        bound = bound_tps(peaks, shape, FORMATS[args.format], args.concurrency, args.prompt, args.output)
+        bound = bound_tps(peaks, shape, WEIGHTS[args.format], args.concurrency, args.prompt, args.output)
         result["bound_output_tps"] = bound
         print(f"bound: {bound:.1f} output tok/s for {args.concurrency} x ({args.prompt} in, {args.output} out)")
     print(json.dumps(result))

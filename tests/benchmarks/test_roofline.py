@@ -8,12 +8,12 @@ from benchmarks.load.arrivals import ClosedLoop
 from benchmarks.load.generate import LoadOptions, make_work
 from benchmarks.load.measure import bound_of
 from benchmarks.load.workload import PromptWriter
-from benchmarks.micro.bound import FORMATS, Format, ModelShape, Peaks, bound_tps
+from benchmarks.micro.bound import WEIGHTS, ModelShape, Peaks, Weights, bound_tps
 from benchmarks.options import BenchmarkError
 
 # 100 weights in the body, 20 in the head, KV cache of 2*1*3*2 = 12 bytes a token, attention 4*1*5 = 20 operations.
 SHAPE = ModelShape(body_weights=100, head_weights=20, num_layers=1, attention_width=5, kv_width=3)
-BYTES = Format(bits=8, head_bits=16, compute="int8")  # 140 bytes of weights
+BYTES = Weights(bits=8, head_bits=16, compute="int8")  # 140 bytes of weights
 
 
 def peaks(read: float, ops: float) -> Peaks:
@@ -42,6 +42,12 @@ def test_floats_compute_at_the_faster_of_fp32_and_bf16() -> None:
     assert Peaks(1, 3, 10, 99).ops_per_s("int8") == 99
 
 
+def test_our_formats_count_their_scales_and_the_head_that_they_have() -> None:
+    assert (WEIGHTS["sym_int4"].bits, WEIGHTS["sym_int4"].head_bits) == (4.5, 8.5)
+    assert (WEIGHTS["asym_int4"].bits, WEIGHTS["fp8_e4m3"].bits, WEIGHTS["sym_int8"].bits) == (5, 8, 8.5)
+    assert (WEIGHTS["bf16"].bits, WEIGHTS["bf16"].head_bits) == (16, 16)
+
+
 def test_shape_of_a_config(model: Path) -> None:
     """Hidden 64, heads of 16: attention 2*64*64 + 2*64*32, MLP 3*64*128, two layers; head 64*512."""
     assert ModelShape.read(model) == ModelShape(2 * (12288 + 24576), 32768, 2, 64, 32)
@@ -57,7 +63,7 @@ def test_no_bound_where_the_formula_does_not_hold(writer: PromptWriter) -> None:
     plain = LoadOptions(prompt="8", output="4", arrivals="closed:2", requests=2)
     work = make_work(plain, writer)
     assert work.arrivals == ClosedLoop(2)
-    expected = bound_tps(peaks(1.0, 5.0), SHAPE, FORMATS["bf16"], 2, 8, 4)
+    expected = bound_tps(peaks(1.0, 5.0), SHAPE, WEIGHTS["bf16"], 2, 8, 4)
     assert bound_of(plain, work, peaks(1.0, 5.0), SHAPE, "bf16") == expected
     for changed in (
         LoadOptions(prompt="uniform:4:8", output="4", arrivals="closed:2", requests=2),
