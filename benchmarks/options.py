@@ -13,13 +13,13 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
+from ipex_vllm import errors
 from ipex_vllm import options as shared
-from ipex_vllm.errors import OptionError
 
 T = TypeVar("T")
 
 
-class BenchmarkError(Exception):
+class BenchmarkError(errors.OptionError):
     """Something the user can mend; its text is the one line that says how."""
 
 
@@ -74,9 +74,6 @@ def run_main(main: Callable[[], int]) -> None:
     # SIGTERM is Ctrl-C: servers are stopped and results written either way.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        sys.exit(main())
-    except (BenchmarkError, OptionError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        errors.run_main(main)
     except KeyboardInterrupt:
         sys.exit(130)
