@@ -2,7 +2,8 @@
 
 The command line, the environment (`IPEX_VLLM_PORT`) and the configuration file (`port: 21002`) are three ways to say
 the same flags, so they are turned into one argument list, weakest first, and argparse reads that. An engine's own
-options take part as well.
+options take part as well. It is longer than other files because a worker's options stand here, all of them and nowhere
+else, beside how they are read.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A FastChat worker: `python -m ipex_vllm.worker --model-path X --device cpu`.
 
 Reads the options, chooses the settings for this machine, loads the engine, serves, registers with the controller, and
-on SIGTERM drains. vLLM spawns processes that import this module again, so importing it starts nothing.
+on SIGTERM drains. vLLM spawns processes that import this module again, so importing it starts nothing. It is longer
+than other files because it is read as one story: a worker's life in its order.
 """
 
 from __future__ import annotations
