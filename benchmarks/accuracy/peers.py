@@ -19,7 +19,7 @@ OPENVINO_PYTHON = Path(".venv-openvino/bin/python")
 
 
 def openvino(path: str, folder: Path) -> Iterator[tuple[str, Score]]:
-    """OpenVINO as optimum-intel exports by default: int8, and int4 (symmetric, groups of 128 or what fits)."""
+    """OpenVINO as optimum-intel exports by default: int8, and int4 in groups of 64."""
     if not OPENVINO_PYTHON.exists():
         raise SystemExit(f"error: {OPENVINO_PYTHON} is not there: run `make env-openvino`")
     reference = Reference(folder)

@@ -1,4 +1,7 @@
-"""The service with its web UI, started once, and a headless Chromium in front of it."""
+"""The service with its web UI, started once, and a headless Chromium in front of it.
+
+They end with the last test of this folder: Playwright keeps an event loop running, beside which no other can.
+"""
 
 from __future__ import annotations
 
@@ -21,24 +24,24 @@ CHROMIUM_FLAGS = (
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def service_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("service")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def controller(service_directory: Path) -> Iterator[Server]:
     with fastchat_controller(service_directory / "controller") as running:
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def demo_worker(service_directory: Path, controller: Server) -> Iterator[Server]:
     with worker(service_directory / "worker", "--controller-address", controller.url) as running:
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def webui(service_directory: Path, controller: Server) -> Iterator[Server]:
     if find_environment() is None:
         pytest.fail("the web UI's environment is missing: run `make env-webui`")
@@ -48,7 +51,7 @@ def webui(service_directory: Path, controller: Server) -> Iterator[Server]:
         assert running.stop() == 0
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     executable = shutil.which("chromium")
     if executable is None:
