@@ -121,10 +121,8 @@ def _measure_checkpoint(model_path: str, folder: str) -> dict[str, torch.Tensor]
 
     # "disk": Transformers reads each module's weights from the checkpoint's own files when it is called.
     model = AutoModelForCausalLM.from_pretrained(
-        model_path, dtype=torch.float32, device_map={"": "disk"}, offload_folder=folder, local_files_only=False
+        model_path, dtype=torch.float32, device_map={"": "disk"}, offload_folder=folder
     ).eval()
-    if any(parameter.device.type != "meta" for parameter in model.parameters() if parameter.ndim > 1):
-        logger.debug("some weights of %s are in memory", model_path)
     layers = getattr(model.get_decoder(), "layers", [])
     with tqdm(total=len(layers), desc="Measuring which inputs matter", unit="layer") as bar:
         hooks = [layer.register_forward_hook(lambda *_: bar.update() and None) for layer in layers]
