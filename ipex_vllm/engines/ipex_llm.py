@@ -98,6 +98,8 @@ class IpexLlmEngine(Engine):
             from vllm.engine.arg_utils import AsyncEngineArgs
 
             engine_class = importlib.import_module(f"ipex_llm.vllm.{plan.device}.engine").IPEXLLMAsyncLLMEngine
+            if plan.context is not None:
+                args.max_model_len = plan.context
             engine_args = AsyncEngineArgs.from_cli_args(args)
             config = engine_args.create_engine_config()
             if plan.device == "cpu" and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:

@@ -22,7 +22,7 @@ from ipex_vllm.engines.vllm_requests import OutputReader, request_error, samplin
 from ipex_vllm.errors import EngineError, OptionError, root_cause
 from ipex_vllm.low_bit import vllm_arguments
 from ipex_vllm.options import WorkerOptions
-from ipex_vllm.plan.plan import Demands, Plan
+from ipex_vllm.plan.plan import Demands, Plan, context_line
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,6 @@ class VllmEngine(Engine):
             num_stages=args.pipeline_parallel_size,
             dtype=None if args.dtype == "auto" else args.dtype,
             max_model_len=None if args.max_model_len == FITTED_CONTEXT else args.max_model_len,
-            fits_context=args.max_model_len == FITTED_CONTEXT,
             reads_checkpoint=args.load_format in CHECKPOINT_FORMATS,
         )
 
@@ -99,6 +98,7 @@ class VllmEngine(Engine):
     async def start(cls, plan: Plan) -> VllmEngine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         if current_platform.device_type != plan.device:
@@ -119,10 +119,16 @@ class VllmEngine(Engine):
         try:
             if args.node_rank > 0:
                 follow(engine_args)
-            return cls(AsyncLLM.from_engine_args(engine_args))
+            config = engine_args.create_engine_config(UsageContext.ENGINE_CONTEXT)
+            whole = config.model_config.max_model_len
+            log_choices = {name: vars(args)[name] for name in ("enable_log_requests", "disable_log_stats")}
+            engine = cls(AsyncLLM.from_vllm_config(config, **log_choices))
         except Exception as error:
             logger.debug("vLLM could not start", exc_info=True)
             raise EngineError(f"vLLM could not start: {root_cause(error)}") from error
+        if plan.context is None and engine.context_length < whole:  # which only vLLM could know
+            logger.info("%s", context_line(engine.context_length, whole, plan.kv_cache_bytes * len(plan.rank_cores)))
+        return engine
 
     @property
     def context_length(self) -> int:
@@ -206,6 +212,8 @@ def apply_plan(args: argparse.Namespace, plan: Plan) -> None:
         # vLLM measures the rest on the card, but refuses to start when less is free than its default share.
         args.gpu_memory_utilization = min(args.gpu_memory_utilization, plan.memory_share)
     args.enforce_eager = args.enforce_eager or not plan.use_compile
+    if args.max_model_len is None:
+        args.max_model_len = FITTED_CONTEXT
 
 
 def prepare_cpu_process(args: argparse.Namespace, plan: Plan) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ipex_vllm.machine.kv_cache import KvCache, number, read_kv_cache, text_part
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -18,7 +20,7 @@ class ModelFacts:
         weight_bytes: the checkpoint's size.
         embedding_bytes: the share of it that stays as it is when the rest is quantized.
         is_quantized: the checkpoint holds quantized weights, which are loaded as they are.
-        kv_bytes_per_token: keys and values of all layers, in 16 bits.
+        kv_cache: what all layers keep of a sequence, in 16 bits.
         max_position: the longest context that the model was made for, in tokens.
         tensors: of each tensor, its shape and the bytes of an element; empty where no safetensors header says.
         is_tied: the output head is the embedding.
@@ -28,7 +30,7 @@ class ModelFacts:
     weight_bytes: int | None = None
     embedding_bytes: int = 0
     is_quantized: bool = False
-    kv_bytes_per_token: int | None = None
+    kv_cache: KvCache | None = None
     max_position: int | None = None
     tensors: Mapping[str, tuple[tuple[int, ...], int]] = field(default_factory=dict)
     is_tied: bool = False
@@ -40,24 +42,22 @@ class ModelFacts:
         try:
             config = json.loads((folder / "config.json").read_text())
         except (OSError, ValueError):
+            config = None
+        if not isinstance(config, dict):
             return cls()
         # Some repositories hold the weights twice, under the second name as well.
         patterns = ("model*.safetensors", "*.safetensors", "pytorch_model*.bin")
         files = next((files for pattern in patterns if (files := list(folder.glob(pattern)))), [])
-        hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
-        kv_heads = config.get("num_key_value_heads") or heads
-        head_dim = config.get("head_dim") or (hidden // heads if hidden and heads else None)
-        layers = config.get("num_hidden_layers")
+        text = text_part(config)
         tensors = read_headers(files)
-        is_plain = all(isinstance(value, int) for value in (layers, kv_heads, head_dim))
         return cls(
             weight_bytes=sum(file.stat().st_size for file in files) or None,
-            embedding_bytes=2 * config.get("vocab_size", 0) * (hidden or 0),
-            is_quantized=config.get("quantization_config") is not None,
-            kv_bytes_per_token=2 * layers * kv_heads * head_dim * 2 if is_plain else None,
-            max_position=config.get("max_position_embeddings"),
+            embedding_bytes=2 * (number(text, "vocab_size") or 0) * (number(text, "hidden_size") or 0),
+            is_quantized=text.get("quantization_config") is not None,
+            kv_cache=read_kv_cache(text),
+            max_position=number(text, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length"),
             tensors=tensors,
-            is_tied=bool(config.get("tie_word_embeddings", bool(tensors) and "lm_head.weight" not in tensors)),
+            is_tied=bool(text.get("tie_word_embeddings", bool(tensors) and "lm_head.weight" not in tensors)),
         )
 
     def share_of(self, num_hosts: int) -> ModelFacts:
@@ -66,7 +66,7 @@ class ModelFacts:
             self,
             weight_bytes=self.weight_bytes and self.weight_bytes // num_hosts,
             embedding_bytes=self.embedding_bytes // num_hosts,
-            kv_bytes_per_token=self.kv_bytes_per_token and self.kv_bytes_per_token // num_hosts,
+            kv_cache=self.kv_cache and self.kv_cache.times(1 / num_hosts),
             num_hosts=num_hosts,
         )
 

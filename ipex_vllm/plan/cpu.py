@@ -14,7 +14,7 @@ from ipex_vllm.errors import EngineError, OptionError
 from ipex_vllm.machine.facts import GIB, MachineFacts
 from ipex_vllm.machine.model import ModelFacts
 from ipex_vllm.options import WorkerOptions
-from ipex_vllm.plan.plan import MIN_FITTED_CONTEXT, Demands, Plan, wanted_context, weight_bytes
+from ipex_vllm.plan.plan import Demands, Plan, context_line, fitted_context, wanted_context, weight_bytes
 
 # From this many cores a node spares one for the HTTP server and the scheduler. On fewer, the lost core costs more
 # than sharing does: on 2 cores, half of the arithmetic.
@@ -103,7 +103,9 @@ def make_plan(machine: MachineFacts, options: WorkerOptions, model: ModelFacts, 
     """
     num_ranks = demands.num_ranks
     rank_cores, cores_reason = _choose_cores(machine, options.cores, num_ranks)
-    kv_cache_bytes, kv_reason = _choose_kv_cache(machine, options, model, rank_cores, demands)
+    kv_cache_bytes, kv_reason, context = _choose_kv_cache(machine, options, model, rank_cores, demands)
+    whole = wanted_context(model, demands)
+    is_short = context is not None and context < whole
     use_compile, compile_reason = _choose_compile(options, model, demands.num_stages)
     shown_cores = " | ".join(",".join(map(str, cores)) for cores in rank_cores)
     return Plan(
@@ -115,12 +117,14 @@ def make_plan(machine: MachineFacts, options: WorkerOptions, model: ModelFacts, 
         rank_cores=rank_cores,
         kv_cache_bytes=kv_cache_bytes,
         use_compile=use_compile,
+        context=context if is_short else None,
         lines=(
             f"machine: {machine.name}; {', '.join(machine.isa) or 'no vector extension'}; "
             f"{machine.memory_available / GIB:.1f} of {machine.memory_total / GIB:.1f} GiB free",
             f"cores: {shown_cores} ({cores_reason})",
             f"preload: {_describe_preload(machine, options)}",
             f"KV cache: {kv_cache_bytes / GIB:.2f} GiB" + (" a rank" if num_ranks > 1 else "") + f" ({kv_reason})",
+            *([context_line(context, whole, kv_cache_bytes * num_ranks)] if context is not None and is_short else []),
             f"mode: {'torch.compile' if use_compile else 'eager'} ({compile_reason})",
         ),
     )
@@ -191,21 +195,32 @@ def _choose_kv_cache(
     model: ModelFacts,
     rank_cores: Sequence[Sequence[int]],
     demands: Demands,
-) -> tuple[int, str]:
+) -> tuple[int, str, int | None]:
+    """Bytes of a rank, the reason, and the context in tokens that they hold, None if that is not known."""
     num_ranks = len(rank_cores)
     loaded = weight_bytes(model, options)
+    wanted = wanted_context(model, demands)
+    # vLLM keeps keys and values in the dtype that it computes in.
+    is_float32 = options.low_bit == "fp32" or demands.dtype == "float32"
+    kv_cache = model.kv_cache and model.kv_cache.times(2 if is_float32 else 1)
     if options.kv_cache_gib is not None:
         if not 0 < options.kv_cache_gib < math.inf:
             raise OptionError("--kv-cache-gib must be above 0")
-        return int(options.kv_cache_gib * GIB), "chosen with --kv-cache-gib"
-    if loaded is None or model.kv_bytes_per_token is None:
+        size = int(options.kv_cache_gib * GIB)
+        if kv_cache is None:
+            return size, "chosen with --kv-cache-gib", None
+        context = fitted_context(kv_cache, wanted, size * num_ranks, demands)
+        if context is None:
+            raise OptionError(
+                f"--kv-cache-gib {options.kv_cache_gib:g} is too little: one sequence of {wanted} tokens needs "
+                f"{kv_cache.sequence_bytes(wanted) / num_ranks / GIB:.2f} GiB. Give more, or shorten --max-model-len."
+            )
+        return size, "chosen with --kv-cache-gib", context
+    if loaded is None or kv_cache is None:
         size = min(KV_CACHE_DEFAULT_BYTES, int(machine.memory_available * KV_CACHE_SHARE / 2)) // num_ranks
-        return size, "the model's size is not known yet; --kv-cache-gib changes it"
+        return size, "the model's size is not known yet; --kv-cache-gib changes it", None
     free = machine.memory_available - loaded - PROCESS_MEMORY_BYTES
-    context = wanted_context(model, demands)
-    # vLLM keeps keys and values in the dtype that it computes in.
-    token_bytes = model.kv_bytes_per_token * (2 if options.low_bit == "fp32" or demands.dtype == "float32" else 1)
-    one_sequence = context * token_bytes
+    one_sequence = kv_cache.sequence_bytes(wanted)
     size = min(int(free * KV_CACHE_SHARE), one_sequence * KV_CACHE_MAX_SEQUENCES)
     # A rank takes its memory from the node of its cores.
     first_cores = {cores[0] for cores in rank_cores}
@@ -213,21 +228,20 @@ def _choose_kv_cache(
     on_nodes = len(nodes) * min(machine.node_available.get(node, machine.memory_available) for node in nodes)
     # One sequence may take all that is free, whatever the nodes count: less would be of no use.
     size = max(min(size, on_nodes - loaded), min(free, one_sequence))
-    if demands.fits_context:
-        context = max(min(context, size // token_bytes), MIN_FITTED_CONTEXT)
-        one_sequence = context * token_bytes
-    if size < one_sequence:
+    context = fitted_context(kv_cache, wanted, size, demands)
+    if context is None:
         raise EngineError(
             f"too little memory: {machine.memory_available / GIB:.1f} GiB free, "
             f"{loaded / GIB:.1f} GiB weights, {PROCESS_MEMORY_BYTES / GIB:.1f} GiB for the processes, "
-            f"and one sequence of {context} tokens needs {one_sequence / GIB:.2f} GiB of KV cache. "
+            f"and one sequence of {wanted} tokens needs {one_sequence / GIB:.2f} GiB of KV cache. "
             "Free memory, shorten --max-model-len, or set --kv-cache-gib."
         )
-    tokens = size // token_bytes
-    return size // num_ranks, (
+    tokens = size * context // kv_cache.sequence_bytes(context)
+    reason = (
         f"{tokens} tokens, {tokens / context:.0f} sequences of {context}; "
         f"{free / GIB:.1f} GiB are free after {loaded / GIB:.1f} GiB of weights"
     )
+    return size // num_ranks, reason, context
 
 
 def _choose_compile(options: WorkerOptions, model: ModelFacts, num_stages: int) -> tuple[bool, str]:

@@ -9,6 +9,8 @@ from ipex_vllm.errors import OptionError
 from ipex_vllm.low_bit import choose_format
 from ipex_vllm.low_bit.formats import Format
 from ipex_vllm.low_bit.sizes import loaded_bytes
+from ipex_vllm.machine.facts import GIB
+from ipex_vllm.machine.kv_cache import KvCache
 from ipex_vllm.machine.model import ModelFacts
 from ipex_vllm.options import Device, WorkerOptions
 
@@ -25,8 +27,7 @@ class Demands:
         num_hosts: hosts that divide the model among them.
         num_stages: the pipeline's length, over all hosts.
         dtype: what the user told the engine itself to compute in, by PyTorch's name; None leaves it open.
-        max_model_len: the context that the user asked for, in tokens; None for the model's own.
-        fits_context: the engine shortens the context to what the KV cache holds.
+        max_model_len: the context that the user asked for, in tokens; None for the model's own, as far as it fits.
         reads_checkpoint: the weights come from the model directory's safetensors or PyTorch files.
     """
 
@@ -35,7 +36,6 @@ class Demands:
     num_stages: int = 1
     dtype: str | None = None
     max_model_len: int | None = None
-    fits_context: bool = False
     reads_checkpoint: bool = True
 
 
@@ -50,6 +50,7 @@ class Plan:
         low_bit_head: the output head's, where the user chose one.
         rank_cores: for each rank of tensor and pipeline parallelism, the logical CPUs that compute.
         kv_cache_bytes: KV cache of one rank.
+        context: what the context is shortened to, in tokens, where the model's own does not fit; None where it does.
         is_kv_cache_estimated: the engine measures what is left for the KV cache, once the model is loaded.
         use_compile: torch.compile the model, or run it eagerly.
         memory_share: the share of a GPU's whole memory that the engine may fill; None without GPUs.
@@ -64,6 +65,7 @@ class Plan:
     rank_cores: tuple[tuple[int, ...], ...]
     kv_cache_bytes: int
     use_compile: bool
+    context: int | None = None
     is_kv_cache_estimated: bool = False
     memory_share: float | None = None
     lines: tuple[str, ...] = ()
@@ -77,6 +79,24 @@ def wanted_context(model: ModelFacts, demands: Demands) -> int:
     if demands.max_model_len < 1:
         raise OptionError(f"--max-model-len {demands.max_model_len}: a context has at least one token")
     return demands.max_model_len
+
+
+def fitted_context(kv_cache: KvCache, wanted: int, size: int, demands: Demands) -> int | None:
+    """The context that `size` bytes of KV cache hold, in tokens, at most `wanted`.
+
+    None where they hold less than was asked for, or, where nothing was, less than is of any use.
+    """
+    context = kv_cache.longest(size, wanted)
+    least = wanted if demands.max_model_len is not None else min(wanted, MIN_FITTED_CONTEXT)
+    return context if context >= least else None
+
+
+def context_line(context: int, whole: int, kv_cache_bytes: int) -> str:
+    """What is told where the model's whole context does not fit."""
+    return (
+        f"context: {context} of the model's {whole} tokens (what {kv_cache_bytes / GIB:.2f} GiB of KV cache hold; "
+        "more with more free memory, a smaller --low-bit, or a larger --kv-cache-gib)"
+    )
 
 
 def weight_format(low_bit: str | None, head: str | None = None, device: Device = "cpu") -> Format | None:

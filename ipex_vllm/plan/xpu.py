@@ -13,7 +13,7 @@ from ipex_vllm.errors import EngineError
 from ipex_vllm.machine.facts import GIB, MachineFacts
 from ipex_vllm.machine.model import ModelFacts
 from ipex_vllm.options import WorkerOptions
-from ipex_vllm.plan.plan import MIN_FITTED_CONTEXT, Demands, Plan, wanted_context, weight_bytes
+from ipex_vllm.plan.plan import Demands, Plan, context_line, fitted_context, wanted_context, weight_bytes
 
 MEMORY_SHARE = 0.92  # vLLM's own default for a card that is free; the rest is the driver's and the desktop's
 ACTIVATION_BYTES = GIB  # of a prefill step, and oneDNN's and oneCCL's buffers
@@ -82,7 +82,9 @@ def choose(
         raise EngineError(f"--device xpu: {num_ranks} GPUs are asked for and PyTorch sees {len(cards)}")
     used = cards[:num_ranks]
     utilization = min(MEMORY_SHARE, *(MEMORY_SHARE * card.memory_free / card.memory_total for card in used))
-    kv_cache_bytes, kv_reason = _choose_kv_cache(used, options, model, utilization, demands)
+    kv_cache_bytes, kv_reason, context = _choose_kv_cache(used, options, model, utilization, demands)
+    whole = wanted_context(model, demands)
+    is_short = context is not None and context < whole
     names = ", ".join(
         f"{card.name} ({card.memory_free / GIB:.1f} of {card.memory_total / GIB:.1f} GiB)" for card in used
     )
@@ -98,10 +100,12 @@ def choose(
         kv_cache_bytes=kv_cache_bytes,
         is_kv_cache_estimated=options.kv_cache_gib is None,
         use_compile=use_compile,
+        context=context if is_short else None,
         memory_share=utilization,
         lines=(
             f"GPUs: {names} free; {len(cards)} seen ({', '.join(selectors) or f'{SELECTORS[0]} narrows them down'})",
             f"KV cache: {kv_cache_bytes / GIB:.2f} GiB a GPU ({kv_reason})",
+            *([context_line(context, whole, kv_cache_bytes * num_ranks)] if context is not None and is_short else []),
             f"mode: {'torch.compile' if use_compile else 'eager'} "
             + ("(vLLM's default; --no-compile starts sooner)" if use_compile else "(chosen with --no-compile)"),
             *(f"{name} is set: {what}" for name, what in OUTDATED_VARIABLES.items() if name in environ),
@@ -111,23 +115,24 @@ def choose(
 
 def _choose_kv_cache(
     cards: Sequence[Card], options: WorkerOptions, model: ModelFacts, utilization: float, demands: Demands
-) -> tuple[int, str]:
+) -> tuple[int, str, int | None]:
+    """Bytes of a GPU, the reason, and the context in tokens that they hold, None if that is not known."""
     if options.kv_cache_gib is not None:
-        return int(options.kv_cache_gib * GIB), "chosen with --kv-cache-gib"
+        return int(options.kv_cache_gib * GIB), "chosen with --kv-cache-gib", None
     budget = int(min(card.memory_total for card in cards) * utilization)
     weights = weight_bytes(model, options)
-    if weights is None or model.kv_bytes_per_token is None:
-        return budget // 2, "the model's size is not known yet; vLLM measures what is left"
+    if weights is None or model.kv_cache is None:
+        return budget // 2, "the model's size is not known yet; vLLM measures what is left", None
     size = budget - weights // len(cards) - ACTIVATION_BYTES
-    context = wanted_context(model, demands)
-    if demands.fits_context:
-        context = max(min(context, size * len(cards) // model.kv_bytes_per_token), MIN_FITTED_CONTEXT)
-    one_sequence = context * model.kv_bytes_per_token // len(cards)
-    if size < one_sequence:
+    wanted = wanted_context(model, demands)
+    context = fitted_context(model.kv_cache, wanted, size * len(cards), demands)
+    if context is None:
         raise EngineError(
             f"too little GPU memory: {budget / GIB:.1f} GiB can be used on each of {len(cards)}, "
             f"{weights / len(cards) / GIB:.1f} GiB weights, {ACTIVATION_BYTES / GIB:.1f} GiB activations, and one "
-            f"sequence of {context} tokens needs {one_sequence / GIB:.2f} GiB of KV cache. Use a smaller --low-bit, "
-            "shorten --max-model-len, or spread the model with --tensor-parallel-size."
+            f"sequence of {wanted} tokens needs {model.kv_cache.sequence_bytes(wanted) / len(cards) / GIB:.2f} GiB of "
+            "KV cache. Use a smaller --low-bit, shorten --max-model-len, or spread the model with "
+            "--tensor-parallel-size."
         )
-    return size, f"about {size // one_sequence} sequences of {context} tokens; vLLM measures it"
+    sequences = size * len(cards) // model.kv_cache.sequence_bytes(context)
+    return size, f"about {sequences} sequences of {context} tokens; vLLM measures it", context

@@ -14,6 +14,7 @@ import pytest
 
 from ipex_vllm.errors import EngineError, OptionError
 from ipex_vllm.machine.facts import GIB, MachineFacts
+from ipex_vllm.machine.kv_cache import KvCache
 from ipex_vllm.machine.model import ModelFacts
 from ipex_vllm.options import WorkerOptions
 from ipex_vllm.plan import cpu
@@ -21,8 +22,8 @@ from ipex_vllm.plan.cpu import choose_weights
 from ipex_vllm.plan.plan import Demands, Plan, weight_bytes
 from tests.machines import LLAMA_1B, FakeRoot, cores, write_model
 
-MODEL_1B = ModelFacts(2_200_000_000, 131_072_000, False, 22_528, 2048)
-MODEL_8B = ModelFacts(16 * GIB, GIB, False, 131_072, 8192)
+MODEL_1B = ModelFacts(2_200_000_000, 131_072_000, False, KvCache(22_528), 2048)
+MODEL_8B = ModelFacts(16 * GIB, GIB, False, KvCache(131_072), 8192)
 TEN_GIB_CACHE = WorkerOptions(kv_cache_gib=10)  # for tests of other decisions
 
 
@@ -43,16 +44,37 @@ def line(plan: Plan, subject: str) -> str:
 # Context
 
 
-def test_a_context_that_is_to_fit_is_the_most_that_does(small_box):
+def test_a_context_that_nobody_asked_for_is_shortened_to_what_fits(small_box):
     machine = small_box.probe()
-    long = replace(MODEL_1B, max_position=4_000_000)
-    with pytest.raises(EngineError, match="too little memory"):
-        make_plan(machine, WorkerOptions(), long)
-    plan = make_plan(machine, WorkerOptions(), long, fits_context=True)
+    plan = make_plan(machine, WorkerOptions(), replace(MODEL_1B, max_position=4_000_000))
     assert plan.kv_cache_bytes > 10 * GIB
-    assert f"1 sequences of {plan.kv_cache_bytes // 22_528};" in line(plan, "KV cache")
+    assert plan.context == plan.kv_cache_bytes // (22_528 * 128) * 128
+    assert f"1 sequences of {plan.context};" in line(plan, "KV cache")
+    assert line(plan, "context") == (
+        f"context: {plan.context} of the model's 4000000 tokens (what {plan.kv_cache_bytes / GIB:.2f} GiB of KV cache "
+        "hold; more with more free memory, a smaller --low-bit, or a larger --kv-cache-gib)"
+    )
     whole = make_plan(machine, WorkerOptions(), MODEL_1B)
-    assert make_plan(machine, WorkerOptions(), MODEL_1B, fits_context=True) == whole
+    assert whole.context is None
+    assert not [text for text in whole.lines if text.startswith("context: ")]
+
+
+def test_a_context_that_was_asked_for_and_does_not_fit_is_refused(small_box):
+    machine, long = small_box.probe(), replace(MODEL_1B, max_position=4_000_000)
+    with pytest.raises(EngineError, match=r"^too little memory: .* one sequence of 3000000 tokens needs 62.94 GiB"):
+        make_plan(machine, WorkerOptions(), long, max_model_len=3_000_000)
+    with pytest.raises(OptionError) as error:
+        make_plan(machine, WorkerOptions(kv_cache_gib=0.5), long, max_model_len=50_000)
+    assert str(error.value) == (
+        "--kv-cache-gib 0.5 is too little: one sequence of 50000 tokens needs 1.05 GiB. Give more, or shorten "
+        "--max-model-len."
+    )
+
+
+def test_the_cache_that_was_asked_for_shortens_the_context(small_box):
+    plan = make_plan(small_box.probe(), WorkerOptions(kv_cache_gib=0.5), replace(MODEL_1B, max_position=50_000))
+    assert plan.context == GIB // 2 // (22_528 * 128) * 128
+    assert line(plan, "context").startswith(f"context: {plan.context} of the model's 50000 tokens (what 0.50 GiB")
 
 
 @pytest.mark.parametrize("max_model_len", [0, -2])
@@ -213,7 +235,7 @@ def test_one_sequence_is_tried_whatever_the_node_counts_as_free(small_box):
 def test_too_little_memory_is_one_line_with_the_figures(small_box):
     small_box.set_available(18.5)
     with pytest.raises(EngineError) as error:
-        kv_cache(small_box.probe())
+        make_plan(small_box.probe(), WorkerOptions(), MODEL_8B, max_model_len=8192)
     assert str(error.value) == (
         "too little memory: 18.5 GiB free, 16.0 GiB weights, 2.0 GiB for the processes, and one sequence of 8192 "
         "tokens needs 1.00 GiB of KV cache. Free memory, shorten --max-model-len, or set --kv-cache-gib."

@@ -26,6 +26,7 @@ from ipex_vllm.low_bit.kernels.base import LowBitLinear
 from ipex_vllm.low_bit.linear import choose_kernel, make_linear
 from ipex_vllm.low_bit.quantize import dequantize, quantize
 from ipex_vllm.machine.facts import GIB, MachineFacts
+from ipex_vllm.machine.kv_cache import KvCache
 from ipex_vllm.machine.model import ModelFacts
 from ipex_vllm.options import WorkerOptions
 from ipex_vllm.plan import xpu
@@ -34,7 +35,7 @@ from ipex_vllm.plan.xpu import Card, Gpus
 
 MACHINE = MachineFacts.probe()
 ARC = Card("Arc B580", memory_total=12 * GIB, memory_free=int(11.5 * GIB))
-MODEL_7B = ModelFacts(weight_bytes=14 * GIB, embedding_bytes=GIB, kv_bytes_per_token=128 << 10, max_position=4096)
+MODEL_7B = ModelFacts(weight_bytes=14 * GIB, embedding_bytes=GIB, kv_cache=KvCache(128 << 10), max_position=4096)
 
 
 def plan(*cards: Card, model: ModelFacts = MODEL_7B, num_ranks: int = 1, **options: Any) -> Plan:
@@ -66,7 +67,9 @@ def test_tensor_parallelism_divides_the_model_over_the_cards() -> None:
 
 def test_vllm_is_given_what_other_programs_leave_free() -> None:
     busy = replace(ARC, memory_free=6 * GIB)
-    args = argparse.Namespace(kv_cache_memory_bytes=None, gpu_memory_utilization=0.92, enforce_eager=False)
+    args = argparse.Namespace(
+        kv_cache_memory_bytes=None, gpu_memory_utilization=0.92, enforce_eager=False, max_model_len=None
+    )
     apply_plan(args, plan(ARC, busy, num_ranks=2, low_bit="sym_int4", compile=False))
     # vLLM refuses to start unless this share of the card's whole memory is free.
     assert args.gpu_memory_utilization * busy.memory_total < busy.memory_free
@@ -75,9 +78,16 @@ def test_vllm_is_given_what_other_programs_leave_free() -> None:
 
 
 def test_what_the_user_chose_is_kept() -> None:
-    args = argparse.Namespace(kv_cache_memory_bytes=None, gpu_memory_utilization=0.5, enforce_eager=True)
+    args = argparse.Namespace(
+        kv_cache_memory_bytes=None, gpu_memory_utilization=0.5, enforce_eager=True, max_model_len=2000
+    )
     apply_plan(args, plan(ARC, kv_cache_gib=2.0))
-    assert vars(args) == {"kv_cache_memory_bytes": 2 * GIB, "gpu_memory_utilization": 0.5, "enforce_eager": True}
+    assert vars(args) == {
+        "kv_cache_memory_bytes": 2 * GIB,
+        "gpu_memory_utilization": 0.5,
+        "enforce_eager": True,
+        "max_model_len": 2000,
+    }
 
 
 def test_the_plan_names_the_selectors_and_the_variables_that_do_nothing_now() -> None:
