@@ -10,7 +10,8 @@ import json
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-MAX_CHOICES = 64  # as many as a worker takes
+from ipex_vllm.engines.bounds import MAX_CHOICES
+
 MAX_ITEMS = 1024  # texts of a request, times its choices: FastChat starts a task or makes two calls for each
 SYSTEM_ROLES = ("system", "developer")
 

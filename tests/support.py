@@ -78,7 +78,7 @@ class FakeEngine(Engine):
 
     async def stream(self, generation: Generation, request_id: str) -> AsyncGenerator[Delta, None]:
         self.seen.append(generation)
-        prompt_tokens = len(await self.encoder.encode_for_generation(generation.prompt))
+        prompt_tokens = len(await self.encoder.encode_for_generation(generation))
         texts = self.texts[: generation.max_new_tokens]
         self.num_running += 1
         try:

@@ -121,7 +121,7 @@ class HfEngine(Engine):
     async def stream(self, generation: Generation, request_id: str) -> AsyncGenerator[Delta, None]:
         loop = asyncio.get_running_loop()
         steps: asyncio.Queue[list[Delta] | None] = asyncio.Queue()
-        prompt = await self._encode(generation.prompt)
+        prompt = with_some(await self._encoder.encode_for_generation(generation))
         with self._abortable() as aborted:
             run = GenerationRun(
                 self._model,
@@ -144,7 +144,7 @@ class HfEngine(Engine):
 
     async def embed(self, inputs: Sequence[str]) -> tuple[list[list[float]], int]:
         """The mean of the last hidden states over each input's tokens, divided by its norm."""
-        token_ids = [await self._encode(text) for text in inputs]
+        token_ids = [with_some(await self._encoder.encode_fitting(text)) for text in inputs]
         with self._abortable() as aborted:
             embedded = asyncio.get_running_loop().run_in_executor(self._thread, embed, self._model, token_ids, aborted)
             return await self._finished(embedded), sum(map(len, token_ids))
@@ -157,12 +157,6 @@ class HfEngine(Engine):
         for aborted in self._active:
             aborted.set()
         await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
-
-    async def _encode(self, text: str) -> list[int]:
-        token_ids = await self._encoder.encode_for_generation(text)
-        if not token_ids:
-            raise InvalidParameter("The text has no tokens. Send some.")
-        return token_ids
 
     def _decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         text: str = self._tokenizer.decode(
@@ -240,6 +234,13 @@ def eos_token_ids(tokenizer: Any, generation_config: GenerationConfig) -> frozen
 
 
 @torch.inference_mode()
+def with_some(token_ids: list[int]) -> list[int]:
+    """Raise InvalidParameter where there are none."""
+    if not token_ids:
+        raise InvalidParameter("The text has no tokens. Send some.")
+    return token_ids
+
+
 def embed(model: Any, token_ids: Sequence[list[int]], aborted: threading.Event) -> list[list[float]]:
     """Mean-pooled, normalised last hidden states, in the order of `token_ids`; fewer of them once `aborted` is set."""
     vectors: dict[int, list[float]] = {}

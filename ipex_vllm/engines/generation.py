@@ -25,10 +25,13 @@ class InvalidParameter(RequestError):
 
 
 class ContextOverflow(RequestError):
-    def __init__(self, prompt_tokens: int, context_length: int) -> None:
+    """`prompt_tokens` is the least that the prompt has, where it was not counted to its end (`is_least`)."""
+
+    def __init__(self, prompt_tokens: int, context_length: int, is_least: bool = False) -> None:
+        self.prompt_tokens = prompt_tokens
         super().__init__(
-            f"The prompt has {prompt_tokens} tokens; the context holds {context_length} with room for at least one "
-            "new token. Shorten the prompt."
+            f"The prompt has {'at least ' if is_least else ''}{prompt_tokens} tokens; the context holds "
+            f"{context_length} with room for at least one new token. Shorten the prompt."
         )
 
 

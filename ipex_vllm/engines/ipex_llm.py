@@ -130,7 +130,7 @@ class IpexLlmEngine(Engine):
                     yield replace(delta, index=index)
 
     async def _stream_choice(self, generation: Generation, request_id: str) -> AsyncGenerator[Delta, None]:
-        token_ids = await self._encoder.encode_for_generation(generation.prompt)
+        token_ids = await self._encoder.encode_for_generation(generation)
         reader = OutputReader(generation, token_ids, self.tokenizer)
         try:
             params = sampling_params(generation, self.context_length - len(token_ids))

@@ -145,7 +145,7 @@ class VllmEngine(Engine):
         from vllm.exceptions import VLLMClientError
         from vllm.inputs.engine import tokens_input
 
-        token_ids = await self._encoder.encode_for_generation(generation.prompt)
+        token_ids = await self._encoder.encode_for_generation(generation)
         reader = OutputReader(generation, token_ids, self.tokenizer)
         try:
             params = sampling_params(generation, self.context_length - len(token_ids))

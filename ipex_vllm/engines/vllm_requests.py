@@ -20,6 +20,8 @@ from ipex_vllm.plan.plan import Plan
 
 logger = logging.getLogger(__name__)
 
+MAX_REASON = 300  # characters
+
 # vLLM has more reasons than FastChat's protocol. "abort" and "error" are no end of a text but a failure.
 FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "repetition": "stop"}
 
@@ -105,7 +107,7 @@ class OutputReader:
 def request_error(error: Exception, is_clients: bool, has_died: bool) -> RequestError:
     """What a client is told about an error of vLLM's: its own mistake, or a failure."""
     if is_clients:
-        return InvalidParameter(root_cause(error))
+        return InvalidParameter(root_cause(error)[:MAX_REASON])  # which may repeat what it refuses
     logger.error("Generation failed: %s", root_cause(error))
     reason = "The engine has died and the worker is restarting." if has_died else root_cause(error)
     return InternalError(f"{reason} Send the request again later.")

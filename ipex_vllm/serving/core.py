@@ -26,6 +26,7 @@ from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from ipex_vllm.engines.bounds import shown
 from ipex_vllm.engines.engine import Engine
 from ipex_vllm.engines.generation import (
     ContextOverflow,
@@ -200,7 +201,7 @@ class Core:
     def check_model(self, model: str | None) -> None:
         """Raise InvalidModel for a name that is not this worker's; no name is fine."""
         if model is not None and model not in self.names:
-            raise InvalidModel(f"This worker serves {', '.join(self.names)}, not {model!r}.")
+            raise InvalidModel(f"This worker serves {', '.join(self.names)}, not {shown(model)}.")
 
     @contextmanager
     def recorded(self, request_id: str) -> Iterator[Record]:

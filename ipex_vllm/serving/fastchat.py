@@ -22,7 +22,8 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ipex_vllm.engines.generation import Generation, InvalidParameter, RequestError
+from ipex_vllm.engines.bounds import MAX_SHOWN
+from ipex_vllm.engines.generation import ContextOverflow, Generation, InvalidParameter, RequestError
 from ipex_vllm.serving.connections import ConnectionLimit
 from ipex_vllm.serving.conversation import ChatFormat
 from ipex_vllm.serving.core import Core, Overloaded, Tally, Unauthorized, bug_error
@@ -145,7 +146,12 @@ class FastChatServer:
 
     async def count_token(self, request: Request) -> Response:
         prompt = self.chat_format.normalize(parse_prompt(await read_json(request)))
-        return JSONResponse({"count": await self.core.engine.count_tokens(prompt), "error_code": 0})
+        try:
+            num_tokens = await until_disconnect(request, self.core.engine.count_tokens(prompt))
+        except ContextOverflow as error:  # FastChat's API server takes the count, and tells its client of an overflow
+            self.core.tally.count_error(error)
+            return JSONResponse({**error_payload(error), "count": error.prompt_tokens})
+        return JSONResponse({"count": num_tokens, "error_code": 0})
 
     async def get_conv_template(self) -> Response:
         return JSONResponse({"conv": self.chat_format.conversation})
@@ -241,8 +247,8 @@ async def read_json(request: Request) -> Any:
             raise InvalidParameter(f"The request body is larger than {MAX_BODY_BYTES >> 20} MiB.")
     try:
         return json.loads(body)
-    except ValueError as error:
-        raise InvalidParameter(f"The request body is not JSON: {error}.") from error
+    except (ValueError, RecursionError) as error:  # the latter for brackets within thousands of brackets
+        raise InvalidParameter(f"The request body is not JSON: {str(error)[:MAX_SHOWN]}.") from error
 
 
 async def last_of(frames: AsyncGenerator[dict[str, Any], None]) -> dict[str, Any]:
@@ -275,7 +281,14 @@ async def until_disconnect(request: Request, work: Coroutine[Any, Any, Result]) 
 def _size(payload: dict[str, Any]) -> int:
     """About how many bytes a frame has, without encoding it."""
     choices = payload.get("choices", [payload])
-    return 128 + sum(len(choice["text"]) + 64 * len(choice.get("logprobs", {}).get("tokens", ())) for choice in choices)
+    return 128 + sum(len(choice["text"]) + _logprobs_size(choice.get("logprobs")) for choice in choices)
+
+
+def _logprobs_size(logprobs: dict[str, list[Any]] | None) -> int:
+    if logprobs is None or not logprobs["tokens"]:
+        return 0
+    num_alternatives = len(logprobs["top_logprobs"][-1] or ())
+    return (64 + 28 * num_alternatives) * len(logprobs["tokens"])
 
 
 def _as_base64(vector: list[float]) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from ipex_vllm.engines.bounds import MAX_CHOICES, MAX_INT32, MAX_LOGPROBS, check_stops, check_text, shown
 from ipex_vllm.engines.generation import (
     Delta,
     FinishReason,
@@ -26,8 +27,7 @@ Number = TypeVar("Number", int, float)
 
 FRAMES_MEDIA_TYPE = "application/octet-stream"  # JSON texts with zero bytes between them have no type of their own
 LOWEST_LOGPROB = -9999.0
-MAX_LOGPROBS = 20
-MAX_CHOICES = 64
+MAX_INPUTS = 2048  # texts to embed at once, as many as OpenAI's API takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +47,12 @@ class GenerateRequest:
         if best_of > n or read.boolean("use_beam_search", False):
             raise InvalidParameter("best_of above n and use_beam_search are not supported. Leave them out.")
         temperature = read.number("temperature", float, 1.0, minimum=0.0, maximum=2.0)
-        top_k = read.number("top_k", int, -1, minimum=-1)
+        top_k = read.number("top_k", int, -1, minimum=-1, maximum=MAX_INT32)
         repetition_penalty = read.number("repetition_penalty", float, 1.0, minimum=0.0, maximum=100.0)
         if repetition_penalty == 0:
             raise InvalidParameter("repetition_penalty must be above 0; 1 leaves the probabilities as they are.")
-        stop = read.strings("stop")
+        stop, stop_token_ids = read.strings("stop"), read.token_ids("stop_token_ids")
+        check_stops(stop, stop_token_ids)
         echo = read.boolean("echo", True)
         logprobs = read.optional_number("logprobs", int, minimum=0, maximum=MAX_LOGPROBS)
         generation = Generation(
@@ -66,7 +67,7 @@ class GenerateRequest:
             repetition_penalty=repetition_penalty,
             max_new_tokens=read.number("max_new_tokens", int, 256, minimum=1),
             stop=tuple(dict.fromkeys(text for text in stop if text)),
-            stop_token_ids=read.token_ids("stop_token_ids"),
+            stop_token_ids=stop_token_ids,
             ignore_eos=read.boolean("ignore_eos", False),
             logprobs=logprobs,
             prompt_logprobs=echo and logprobs is not None,
@@ -91,9 +92,11 @@ class EmbeddingRequest:
         inputs = read.strings("input")
         if not inputs:
             raise InvalidParameter("input must be a string or a list of at least one string.")
+        if len(inputs) > MAX_INPUTS:
+            raise InvalidParameter(f"input has {len(inputs)} texts; at most {MAX_INPUTS} are possible.")
         encoding = read.optional_text("encoding_format")
         if encoding not in (None, "float", "base64"):
-            raise InvalidParameter(f'encoding_format must be "float" or "base64", not {encoding!r}.')
+            raise InvalidParameter(f'encoding_format must be "float" or "base64", not {shown(encoding)}.')
         return cls(inputs=inputs, model=read.optional_text("model"), base64=encoding == "base64")
 
 
@@ -117,6 +120,8 @@ class _Reader:
         value = self._get(name)
         if value is not None and not isinstance(value, str):
             raise InvalidParameter(f"{name} must be a string.")
+        if value is not None:
+            check_text(name, value)
         return value
 
     def text(self, name: str) -> str:
@@ -130,7 +135,7 @@ class _Reader:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise InvalidParameter(f"{name} must be true or false, not {value!r}.")
+            raise InvalidParameter(f"{name} must be true or false, not {shown(value)}.")
         return value
 
     def optional_number(
@@ -141,10 +146,10 @@ class _Reader:
             return None
         is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
         if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and not is_whole):
-            raise InvalidParameter(f"{name} must be {'an integer' if kind is int else 'a number'}, not {value!r}.")
+            raise InvalidParameter(f"{name} must be {'an integer' if kind is int else 'a number'}, not {shown(value)}.")
         if (minimum is not None and not value >= minimum) or (maximum is not None and not value <= maximum):
             bounds = f"at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
-            raise InvalidParameter(f"{name} must be {bounds}, not {value!r}.")
+            raise InvalidParameter(f"{name} must be {bounds}, not {shown(value)}.")
         return kind(value)
 
     def number(
@@ -165,6 +170,8 @@ class _Reader:
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, list) or not all(isinstance(item, str) for item in values):
             raise InvalidParameter(f"{name} must be a string or a list of strings.")
+        for item in values:
+            check_text(name, item)
         return tuple(values)
 
     def token_ids(self, name: str) -> tuple[int, ...]:
@@ -173,8 +180,8 @@ class _Reader:
             return ()
         # FastChat's HF worker tolerates null entries, and some of its registry's templates hold them.
         values = [item for item in value if item is not None] if isinstance(value, list) else None
-        if values is None or not all(type(item) is int and item >= 0 for item in values):
-            raise InvalidParameter(f"{name} must be a list of token ids (integers from 0).")
+        if values is None or not all(type(item) is int and 0 <= item <= MAX_INT32 for item in values):
+            raise InvalidParameter(f"{name} must be a list of token ids (integers from 0 to {MAX_INT32}).")
         return tuple(values)
 
 

@@ -96,6 +96,15 @@ def test_overflow_is_refused_before_generation_with_the_numbers() -> None:
         assert post(url, "/model_details") == {"context_length": 10}
 
 
+def test_tokens_beyond_the_context_are_counted_no_further_and_the_answer_has_both_an_error_and_a_count() -> None:
+    """FastChat's API server takes the count alone, and tells its client of the overflow by it."""
+    with serving(make_server(FakeEngine(context_length=1000))) as url:
+        answer = post(url, "/count_token", {"prompt": "x" * 15_000_000})
+    assert answer["error_code"] == 40303
+    assert answer["text"].startswith("The prompt has at least 32768 tokens; the context holds 1000 ")
+    assert answer["count"] == 32768
+
+
 def test_another_model_is_refused_and_none_is_fine() -> None:
     with serving(make_server(FakeEngine())) as url:
         assert stream(url, prompt="p", model="other")[-1]["error_code"] == 40301
@@ -200,7 +209,7 @@ def test_the_event_loop_stays_free_while_a_long_prompt_is_counted() -> None:
 
             return Tokenizer()
 
-    with serving(make_server(Slow())) as url, ThreadPoolExecutor(1) as pool:
+    with serving(make_server(Slow(context_length=10**6))) as url, ThreadPoolExecutor(1) as pool:
         counting = pool.submit(post, url, "/count_token", {"prompt": "x" * 100_000})
         assert post(url, "/worker_get_status")["queue_length"] == 0
         assert not counting.done()
