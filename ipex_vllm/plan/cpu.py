@@ -227,7 +227,7 @@ def _choose_kv_cache(
     nodes = {cpu.node for cpu in machine.cpus if cpu.id in first_cores}
     on_nodes = len(nodes) * min(machine.node_available.get(node, machine.memory_available) for node in nodes)
     # One sequence may take all that is free, whatever the nodes count: less would be of no use.
-    size = max(min(size, on_nodes - loaded), min(free, one_sequence))
+    size = max(min(size, on_nodes - loaded), min(free, one_sequence + kv_cache.block_bytes))
     context = fitted_context(kv_cache, wanted, size, demands)
     if context is None:
         raise EngineError(

@@ -86,7 +86,7 @@ def fitted_context(kv_cache: KvCache, wanted: int, size: int, demands: Demands) 
 
     None where they hold less than was asked for, or, where nothing was, less than is of any use.
     """
-    context = kv_cache.longest(size, wanted)
+    context = kv_cache.longest(size - kv_cache.block_bytes, wanted)
     least = wanted if demands.max_model_len is not None else min(wanted, MIN_FITTED_CONTEXT)
     return context if context >= least else None
 
