@@ -8,15 +8,11 @@ shows signs of life.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import logging
 import os
 import runpy
 import sys
-import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
@@ -29,13 +25,12 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ipex_vllm.fastchat_requests import BadRequest, check_for, read_body
+from ipex_vllm.serving.events import Answer, error_event, error_response
 
 logger = logging.getLogger("ipex_vllm.fastchat_api")  # __name__ is "__main__"
 
 MODULE = "fastchat.serve.openai_api_server"
 MAX_BODY_BYTES = 16 << 20
-SIGN_OF_LIFE_S = 15.0  # proxies and clients give up after a minute or more
-SIGN_OF_LIFE = b": waiting\n\n"  # a comment, which readers of server-sent events skip
 
 
 def json_as_in_pydantic_1(self: BaseModel, *, ensure_ascii: bool = False, **options: Any) -> str:
@@ -87,49 +82,9 @@ class Guard:
             if not answer.has_begun:
                 await told(cause)(scope, receive, send)
             elif answer.is_event_stream:
-                await answer.end_with(bytes(told(cause).body))
+                await answer.end_with(error_event(told(cause)))
             else:
                 raise
-
-
-class Answer:
-    """What has been sent of an answer, and signs of life while nothing is."""
-
-    def __init__(self, send: Send) -> None:
-        self._send = send
-        self._sent_at = time.monotonic()
-        self.has_begun = self.is_event_stream = self._has_ended = False
-
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.has_begun = True
-            headers = dict(message["headers"])
-            self.is_event_stream = headers.get(b"content-type", b"").startswith(b"text/event-stream")
-        elif message["type"] == "http.response.body":
-            self._has_ended = not message.get("more_body", False)
-        self._sent_at = time.monotonic()
-        await self._send(message)
-
-    @contextlib.asynccontextmanager
-    async def alive(self) -> AsyncIterator[None]:
-        """Send a comment into a stream of events whenever it has been silent for SIGN_OF_LIFE_S."""
-        task = asyncio.create_task(self._show_life())
-        try:
-            yield
-        finally:
-            task.cancel()
-
-    async def _show_life(self) -> None:
-        while not self._has_ended:
-            silent_s = time.monotonic() - self._sent_at
-            if silent_s >= SIGN_OF_LIFE_S and self.is_event_stream:
-                await self.send({"type": "http.response.body", "body": SIGN_OF_LIFE, "more_body": True})
-            await asyncio.sleep(max(SIGN_OF_LIFE_S - silent_s, SIGN_OF_LIFE_S / 10))
-
-    async def end_with(self, error: bytes) -> None:
-        """End a stream of events with an error."""
-        body = b"data: " + error + b"\n\ndata: [DONE]\n\n"
-        await self.send({"type": "http.response.body", "body": body, "more_body": False})
 
 
 class ClientGone(Exception):
@@ -170,12 +125,6 @@ def told(error: BaseException) -> JSONResponse:
     if isinstance(error, (httpx.HTTPError, aiohttp.ClientError, OSError)):
         return error_response(503, "The model's worker or the controller does not answer. Try again later.")
     return error_response(500, "The server failed on this request; its log says how.")
-
-
-def error_response(status: int, message: str, param: str | None = None) -> JSONResponse:
-    """An error in OpenAI's form."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": None}}, status)
 
 
 def innermost(error: BaseException) -> BaseException:

@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 from ipex_vllm.engines.bounds import MAX_CHOICES
 
 MAX_ITEMS = 1024  # texts of a request, times its choices: FastChat starts a task or makes two calls for each
+# Where a request goes that FastChat's protocol has no room for.
+OTHERWISE = "or send the request to the worker's own address, whose /v1 knows it"
 SYSTEM_ROLES = ("system", "developer")
 
 # What the server drops and an answer depends on, with the values that ask for nothing. The rest is passed on.
@@ -135,10 +137,10 @@ def _message(message: object, name: str) -> dict[str, str]:
         raise BadRequest(f"{name} must be an object with role and content.", name)
     role = message.get("role")
     if role not in (*SYSTEM_ROLES, "user", "assistant"):
-        raise BadRequest(f"{name}.role must be system, user or assistant, not {_shown(role)}.", name)
+        raise BadRequest(f"{name}.role must be system, user or assistant, not {_shown(role)}, {OTHERWISE}.", name)
     for field in ("tool_calls", "function_call"):
         if message.get(field):
-            raise BadRequest(f"{name}.{field}: this server does not call tools.", name)
+            raise BadRequest(f"{name}.{field}: FastChat calls no tools. Leave it out, {OTHERWISE}.", name)
     return {"role": "system" if role in SYSTEM_ROLES else role, "content": _content(message.get("content"), name, role)}
 
 
@@ -153,7 +155,8 @@ def _content(content: object, name: str, role: str) -> str:
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else part
         if kind != "text":
-            raise BadRequest(f"{name}.content: the model reads text only, no part of type {_shown(kind)}.", name)
+            told = f"{name}.content: FastChat's API server passes text on, no part of type {_shown(kind)}"
+            raise BadRequest(f"{told}. Leave it out, {OTHERWISE}.", name)
         if not isinstance(part.get("text"), str):
             raise BadRequest(f"{name}.content: a part of type 'text' needs its text.", name)
         texts.append(part["text"])
@@ -164,7 +167,7 @@ def _texts(body: dict[str, Any], name: str) -> list[str]:
     value = body.get(name)
     texts = [value] if isinstance(value, str) else value
     if isinstance(texts, list) and texts and isinstance(texts[0], (int, list)) and not isinstance(texts[0], bool):
-        raise BadRequest(f"{name} as token ids is not supported: send text.", name)
+        raise BadRequest(f"{name} as token ids is not supported by FastChat: send text, {OTHERWISE}.", name)
     if not isinstance(texts, list) or not 0 < len(texts) <= MAX_ITEMS or not all(isinstance(t, str) for t in texts):
         raise BadRequest(f"{name} must be a string, or a list of 1 to {MAX_ITEMS} strings.", name)
     return texts
@@ -184,7 +187,7 @@ def _refuse_what_is_dropped(body: dict[str, Any], neutral: dict[str, tuple[Any, 
         raise BadRequest("model must be a string.", "model")
     for name in neutral.keys() & body.keys():
         if body[name] not in neutral[name]:
-            raise BadRequest(f"{name} is not supported by this server. Leave it out.", name)
+            raise BadRequest(f"{name} is not supported by FastChat's API server. Leave it out, {OTHERWISE}.", name)
 
 
 def _shown(value: object) -> str:

@@ -138,6 +138,7 @@ class WorkerOptions:
     api_token: str | None = option(
         "ask every client for `Authorization: Bearer TOKEN`", None, secret=True, parse=not_empty
     )
+    openai: bool = option("serve OpenAI's API, too, under /v1, where the engine can", True)
     log_prompts: bool = option("write prompts into the log", False)
     cores: str | None = option('cores that compute, e.g. "0-7"; default: all physical cores of one NUMA node', None)
     kv_cache_gib: float | None = option("GiB for the KV cache; default: sized from the memory that is free", None)

@@ -26,7 +26,7 @@ import uvicorn
 from ipex_vllm import ports
 from ipex_vllm.demo import resolve_model_path
 from ipex_vllm.engines.engine import Engine
-from ipex_vllm.engines.generation import Generation, RequestError
+from ipex_vllm.engines.generation import RequestError
 from ipex_vllm.engines.load import ENGINES, EngineLoader
 from ipex_vllm.errors import EngineError, root_cause, run_main
 from ipex_vllm.lifetime import die_with_parent, stop_signals
@@ -44,8 +44,9 @@ from ipex_vllm.serving.connections import (
 )
 from ipex_vllm.serving.controller import ControllerClient
 from ipex_vllm.serving.conversation import check_template_name, choose_chat_format
-from ipex_vllm.serving.core import Core, Slots
+from ipex_vllm.serving.core import Core
 from ipex_vllm.serving.fastchat import FastChatServer
+from ipex_vllm.serving.slots import Slots
 
 logger = logging.getLogger("ipex_vllm.worker")  # __name__ is "__main__" where it matters
 
@@ -130,7 +131,8 @@ def choose_plan(
     demands = engine_class.demands(engine_args)
     model = ModelFacts.read(options.model_path).share_of(demands.num_hosts)
     planner = PLANNERS[options.device]
-    plan = replace(planner.choose(planner.probe(machine), options, model, demands), engine_args=engine_args)
+    chosen = planner.choose(planner.probe(machine), options, model, demands)
+    plan = replace(chosen, engine_args=engine_args, serves_openai=options.openai)
     for line in plan.lines:
         logger.info("%s", line)
     return plan
@@ -214,7 +216,8 @@ async def serve(engine_class: type[Engine], options: WorkerOptions, plan: Plan, 
         logger.info("conversation: %s", chat_format.source)
         slots = Slots(options.limit_worker_concurrency, options.limit_worker_queue)
         core = Core(engine, options.names, slots, options.log_prompts)
-        server = FastChatServer(core, chat_format, options.api_token)
+        openai = await engine.openai_application() if options.openai else None
+        server = FastChatServer(core, chat_format, options.api_token, openai)
         await warm_up(engine)
         ports.listen(sock)
         quiet_when_full(asyncio.get_running_loop())
@@ -233,7 +236,13 @@ async def serve(engine_class: type[Engine], options: WorkerOptions, plan: Plan, 
             if http_task.done():
                 raise EngineError(f"the HTTP server did not start: {why_ended(http_task)}")
             await asyncio.sleep(0.01)
-        logger.info("ready: %s at %s, context of %d tokens", *options.names[:1], options.address, engine.context_length)
+        logger.info(
+            "ready: %s at %s, context of %d tokens, %s",
+            *options.names[:1],
+            options.address,
+            engine.context_length,
+            "FastChat's protocol" if openai is None else "FastChat's protocol and OpenAI's under /v1",
+        )
         controller = ControllerClient(options.controller_address, options.address, server.status)
         registration = None
         if not options.no_register:
@@ -259,15 +268,9 @@ async def serve(engine_class: type[Engine], options: WorkerOptions, plan: Plan, 
 
 
 async def warm_up(engine: Engine) -> None:
-    """Generate once: an engine compiles some of its code at the first request, and no client should wait for that.
-
-    Raises EngineError when it cannot.
-    """
-    generation = Generation("Hello", max_new_tokens=4, seed=0, ignore_eos=True)
+    """Let the engine compute once, so that no client waits for what that takes. Raises EngineError when it cannot."""
     try:
-        async with contextlib.aclosing(engine.stream(generation, "warm-up")) as deltas:
-            async for _ in deltas:
-                pass
+        await engine.warm_up()
     except RequestError as error:
         raise EngineError(f"the engine failed at its first request: {root_cause(error)}") from error
 

@@ -21,8 +21,9 @@ from ipex_vllm.engines.engine import Engine
 from ipex_vllm.engines.generation import Delta, Generation, TokenLogprob
 from ipex_vllm.engines.tokenization import PromptEncoder
 from ipex_vllm.serving.conversation import ChatFormat
-from ipex_vllm.serving.core import Core, Slots
+from ipex_vllm.serving.core import Core
 from ipex_vllm.serving.fastchat import FastChatServer
+from ipex_vllm.serving.slots import Slots
 
 
 def free_port() -> int:
@@ -160,7 +161,8 @@ def raw_post(url: str, path: str, body: Any) -> socket.socket:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.connect((host, int(port)))
     content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Length: {len(content)}\r\n\r\n"
+    fields = f"Host: {host}\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+    head = f"POST {path} HTTP/1.1\r\n{fields}\r\n\r\n"
     connection.sendall(head.encode() + content)
     return connection
 

@@ -13,8 +13,9 @@ import pytest
 from fastchat.conversation import SeparatorStyle
 
 from ipex_vllm.serving.conversation import ChatFormat
-from ipex_vllm.serving.core import Core, Slots
+from ipex_vllm.serving.core import Core
 from ipex_vllm.serving.fastchat import FastChatServer
+from ipex_vllm.serving.slots import Slots
 from tests.processes import Stack, fastchat_stack
 from tests.support import FakeEngine, free_port, serving
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -18,11 +19,14 @@ import yaml
 
 from ipex_vllm.options import WorkerOptions, from_namespace, layered_arguments
 from ipex_vllm.serving.conversation import ChatFormat
-from ipex_vllm.serving.core import Core, Slots
+from ipex_vllm.serving.core import Core
 from ipex_vllm.serving.fastchat import FastChatServer
+from ipex_vllm.serving.slots import Slots
 from ipex_vllm.worker import make_parser
 from tests.processes import Program, fastchat_stack
-from tests.support import FakeEngine, free_port
+from tests.serving.test_fastchat import wait_until
+from tests.serving.test_openai import ask, make
+from tests.support import FakeEngine, free_port, serving
 from tests.test_chat import CHATML
 
 ROOT = Path(__file__).parents[1]
@@ -118,26 +122,32 @@ def engine() -> FakeEngine:
     return FakeEngine(interval_s=0.05, context_length=10_000)
 
 
+@contextlib.contextmanager
+def running_nginx(directory: Path, recipe: str, ready_path: str, **replaced: str) -> Iterator[str]:
+    """A recipe's server block in a real nginx, with this test's addresses; yields its URL."""
+    url = f"127.0.0.1:{free_port()}"
+    text = (DEPLOY / recipe).read_text()
+    for old, new in (("listen 80;", f"listen {url};"), *replaced.items()):
+        assert old in text
+        text = text.replace(old, new)
+    # The rest of nginx's configuration, as Debian has it, in directories of this test's own.
+    paths = "".join(f"{name}_temp_path {directory}; " for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    main = f"daemon off; pid {directory}/pid; events {{}} http {{ access_log off; {paths}\n{text} }}"
+    (directory / "nginx.conf").write_text(main)
+    command = (tool("nginx"), "-e", f"{directory}/error.log", "-c", f"{directory}/nginx.conf")
+    check(*command, "-t")
+    with Program(directory / "nginx", *command, ready_at=f"http://{url}{ready_path}"):
+        yield f"http://{url}"
+
+
 @pytest.fixture(scope="module")
 def nginx(engine: FakeEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The recipe's server block in a real nginx, in front of FastChat's API server and a worker; yields its URL."""
+    """A real nginx in front of FastChat's API server and a worker; yields its URL."""
     directory = tmp_path_factory.mktemp("service")
     with fastchat_stack(directory, FastChatServer(Core(engine, ("fake",), Slots(8, 8)), ChatFormat(CHATML))) as stack:
-        url = f"127.0.0.1:{free_port()}"
-        text = (DEPLOY / "nginx.conf").read_text()
-        for old, new in (("listen 80;", f"listen {url};"), ("127.0.0.1:8000", stack.openai_server.partition("//")[2])):
-            assert old in text
-            text = text.replace(old, new)
-        # The rest of nginx's configuration, as Debian has it, in directories of this test's own.
-        paths = "".join(
-            f"{name}_temp_path {directory}; " for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-        )
-        main = f"daemon off; pid {directory}/pid; events {{}} http {{ access_log off; {paths}\n{text} }}"
-        (directory / "nginx.conf").write_text(main)
-        command = (tool("nginx"), "-e", f"{directory}/error.log", "-c", f"{directory}/nginx.conf")
-        check(*command, "-t")
-        with Program(directory / "nginx", *command, ready_at=f"http://{url}/v1/models"):
-            yield f"http://{url}"
+        api = stack.openai_server.partition("//")[2]
+        with running_nginx(directory, "nginx.conf", "/v1/models", **{"127.0.0.1:8000": api}) as url:
+            yield url
 
 
 def chat_through(url: str) -> contextlib.AbstractContextManager[httpx.Response]:
@@ -160,3 +170,18 @@ def test_client_that_leaves_through_nginx_is_noticed(nginx: str, engine: FakeEng
         next(line for line in response.iter_lines() if "word" in line)
     while engine.num_running:
         time.sleep(0.05)
+
+
+def test_nginx_shares_requests_among_workers_and_passes_on_what_one_refuses(tmp_path: Path) -> None:
+    (first, one), (second, other) = (make(limit=2, queue_limit=0) for _ in range(2))
+    with serving(first) as first_url, serving(second) as second_url, ThreadPoolExecutor(4) as pool:
+        workers = {"127.0.0.1:21002": first_url, "127.0.0.1:21003": second_url}
+        replaced = {address: url.partition("//")[2] for address, url in workers.items()}
+        with running_nginx(tmp_path, "nginx-workers.conf", "/v1/models", **replaced) as url:
+            running = [pool.submit(ask, url, tokens=100, interval_s=0.02) for _ in range(4)]
+            wait_until(lambda: (one.num_running, other.num_running) == (2, 2), "two requests on each")
+            assert ask(url).status_code == 429
+            assert [answer.result().status_code for answer in running] == [200] * 4
+            first.core.slots.is_closed = True  # it drains
+            assert [ask(url).status_code for _ in range(6)] == [200] * 6
+            assert second.core.tally.finished["stop"] >= 8

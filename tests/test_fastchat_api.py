@@ -11,12 +11,12 @@ import httpx
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from ipex_vllm import fastchat_api
 from ipex_vllm.fastchat_api import Guard
-from ipex_vllm.serving import fastchat
+from ipex_vllm.serving import events, fastchat
 from ipex_vllm.serving.conversation import ChatFormat
-from ipex_vllm.serving.core import Core, Slots
+from ipex_vllm.serving.core import Core
 from ipex_vllm.serving.fastchat import FastChatServer
+from ipex_vllm.serving.slots import Slots
 from tests.processes import Stack, fastchat_stack
 from tests.support import FakeEngine
 from tests.test_chat import CHATML
@@ -179,7 +179,7 @@ def test_a_stream_that_breaks_ends_with_an_error(stack: Stack, monkeypatch: pyte
 
 
 async def test_a_client_of_a_stream_sees_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fastchat_api, "SIGN_OF_LIFE_S", 0.05)
+    monkeypatch.setattr(events, "SIGN_OF_LIFE_S", 0.05)
 
     async def slow(scope: Scope, receive: Receive, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8")]

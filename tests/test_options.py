@@ -69,6 +69,7 @@ SAMPLES: dict[str, tuple[str, Any, Any]] = {
     "limit_worker_queue": ("0", 0, 0),
     "drain_timeout": ("1.5", 1.5, 1.5),
     "api_token": ("-secret", "-secret", "-secret"),
+    "openai": ("no", False, False),
     "log_prompts": ("yes", True, True),
     "cores": ("0,1", [0, 1], "0,1"),
     "kv_cache_gib": ("0.5", 0.5, 0.5),

@@ -124,6 +124,8 @@ WORKER = ("--model-path", "{model}", *LISTEN, "--no-register")
 
 SYSTEMS: dict[str, Server | Callable[[Path, int, Sequence[str]], Launch]] = {
     "ipex_vllm_worker": Server(argv=("-m", "ipex_vllm.worker", *WORKER), protocol="fastchat"),
+    # The same worker by its other protocol.
+    "ipex_vllm_openai": Server(argv=("-m", "ipex_vllm.worker", *WORKER), protocol="openai"),
     "hf_worker": Server(argv=("-m", "workers.hf_worker", *WORKER), protocol="fastchat"),
     "hf_worker_ipex": Server(
         program=of_environment("ipex"), argv=("-m", "workers.hf_worker", "--ipex", *WORKER), protocol="fastchat"
@@ -160,7 +162,7 @@ SYSTEMS: dict[str, Server | Callable[[Path, int, Sequence[str]], Launch]] = {
     "command": any_command,
 }
 # The option that takes the weights' format. In all others they are as the model has them, or as the spec's flags say.
-OURS = ("ipex_vllm_worker", "hf_worker", "hf_worker_ipex", "ipex_llm_worker", "fastchat_chain")
+OURS = ("ipex_vllm_worker", "ipex_vllm_openai", "hf_worker", "hf_worker_ipex", "ipex_llm_worker", "fastchat_chain")
 FORMAT_FLAGS = {**dict.fromkeys(OURS, "--low-bit"), "openvino": "--weight-format"}
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import abc
 import argparse
+import contextlib
 import os
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, ClassVar
+
+from starlette.types import ASGIApp
 
 from ipex_vllm.engines.generation import Delta, Generation, InvalidParameter
 from ipex_vllm.options import WorkerOptions
@@ -66,11 +69,25 @@ class Engine(abc.ABC):
     async def count_tokens(self, prompt: str) -> int:
         """How many tokens `prompt` has, as `stream` would count them."""
 
+    async def warm_up(self) -> None:
+        """Compute once: some of an engine's code is compiled at the first request. Raises RequestError."""
+        generation = Generation("Hello", max_new_tokens=4, seed=0, ignore_eos=True)
+        async with contextlib.aclosing(self.stream(generation, "warm-up")) as deltas:
+            async for _ in deltas:
+                pass
+
     async def embed(self, inputs: Sequence[str]) -> tuple[list[list[float]], int]:
         """Return one vector per input, each of norm 1, and the number of tokens in all. Raises RequestError."""
         raise InvalidParameter(
             f"The {self.name} engine does not give embeddings. Serve them with `python -m workers.hf_worker`."
         )
+
+    async def openai_application(self) -> ASGIApp | None:
+        """An application of the engine's own for OpenAI's API, which takes its turns (turns.py); None without one.
+
+        Raises EngineError.
+        """
+        return None
 
     @abc.abstractmethod
     async def wait_dead(self) -> str:

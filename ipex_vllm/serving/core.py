@@ -7,6 +7,8 @@ A protocol parses, asks the core, and renders. It reaches the engine in no other
         async with aclosing(core.stream(generation, record)) as deltas:
             ...                                # rendered
 
+An engine's own application renders by itself, and asks the engine in the turn that `core.turn(record)` gives it.
+
 Errors, beside those of engines/generation.py, with the number that logs and metrics know them by:
 
     RequestError
@@ -21,10 +23,9 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 from ipex_vllm.engines.bounds import shown
 from ipex_vllm.engines.engine import Engine
@@ -36,9 +37,11 @@ from ipex_vllm.engines.generation import (
     InvalidParameter,
     RequestError,
 )
+from ipex_vllm.serving.slots import Overloaded, Place, Slots
 
 logger = logging.getLogger(__name__)
 
+DISCONNECT = "disconnect"  # the outcome of a request whose client is gone
 CUT_OFF_TIMEOUT_S = 2.0  # for the engine to let a request go
 
 
@@ -47,10 +50,6 @@ class InvalidModel(RequestError):
 
 
 class Unauthorized(RequestError):
-    pass
-
-
-class Overloaded(RequestError):
     pass
 
 
@@ -67,70 +66,6 @@ ERROR_CODES: dict[type[RequestError], int] = {
 
 def error_code(error: RequestError) -> int:
     return ERROR_CODES[type(error)]
-
-
-class Slots:
-    """At most `limit` requests at once; `queue_limit` more may wait; any beyond are refused."""
-
-    def __init__(self, limit: int, queue_limit: int) -> None:
-        self._semaphore = asyncio.Semaphore(limit)
-        self.limit = limit
-        self._queue_limit = queue_limit
-        self.num_in_use = 0
-        self.num_waiting = 0
-        self.is_closed = False
-        self._tasks: set[asyncio.Task[Any]] = set()  # those that hold a slot or wait for one
-
-    @asynccontextmanager
-    async def take(self) -> AsyncIterator[None]:
-        """Hold a slot. Raises Overloaded, at the end of the drain's time in what runs as well."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        try:
-            async with self._take():
-                yield
-        except asyncio.CancelledError:
-            if task in self._tasks:  # the client is gone
-                raise
-            task.uncancel()
-            raise Overloaded(
-                "This worker shut down before the request was finished. Send it again; another worker will take it."
-            ) from None
-        finally:
-            self._tasks.discard(task)
-
-    def cut_off(self) -> None:
-        """End every request, those that wait too, with an error for its client."""
-        tasks, self._tasks = self._tasks, set()
-        for task in tasks:
-            task.cancel()
-
-    @asynccontextmanager
-    async def _take(self) -> AsyncIterator[None]:
-        if self.is_closed:
-            raise Overloaded("This worker is shutting down. Send the request again; another worker will take it.")
-        if self._semaphore.locked() and self.num_waiting >= self._queue_limit:
-            raise Overloaded(
-                f"{self.limit} requests are running and {self.num_waiting} are waiting, the most that this worker "
-                "takes. Try again later."
-            )
-        self.num_waiting += 1
-        try:
-            await self._semaphore.acquire()
-        finally:
-            self.num_waiting -= 1
-        self.num_in_use += 1
-        try:
-            yield
-        finally:
-            self.num_in_use -= 1
-            self._semaphore.release()
-
-    @property
-    def queue_length(self) -> int:
-        """What FastChat's controller balances by."""
-        return self.num_in_use + self.num_waiting
 
 
 @dataclass
@@ -176,6 +111,34 @@ class Record:
         )
 
 
+@dataclass
+class CoreTurn:
+    """The turn of a request to an engine's own application, see engines/turns.py."""
+
+    record: Record
+    place: Place
+    log_prompts: bool
+    failure: RequestError | None = None
+
+    async def begin(self, prompt: Callable[[], str]) -> None:
+        if self.log_prompts:
+            logger.info("request %s prompt %r", self.record.id, prompt())
+        await self.place.acquire()
+
+    def count(
+        self, prompt_tokens: int, completion_tokens: int, finish_reason: str | None, first_token_at: float | None
+    ) -> None:
+        record = self.record
+        if record.first_token_at is None:
+            record.first_token_at = first_token_at
+        record.prompt_tokens += prompt_tokens
+        record.completion_tokens += completion_tokens
+        record.outcome = finish_reason or record.outcome
+
+    def fail(self, error: RequestError) -> None:
+        self.failure = error
+
+
 class Core:
     """One loaded model and the requests to it.
 
@@ -209,7 +172,10 @@ class Core:
         record = Record(request_id)
         try:
             yield record
-            self.tally.finished[record.outcome] += 1
+            if record.outcome == DISCONNECT:
+                self.tally.disconnects += 1
+            else:
+                self.tally.finished[record.outcome] += 1
         except RequestError as error:
             self._fail(record, error)
             raise
@@ -219,7 +185,7 @@ class Core:
             self._fail(record, told)
             raise told from bug
         except BaseException:  # cancelled or closed: the client is gone
-            record.outcome = "disconnect"
+            record.outcome = DISCONNECT
             self.tally.disconnects += 1
             raise
         finally:
@@ -239,6 +205,12 @@ class Core:
                 yield delta
         if num_unfinished:
             raise InternalError("The engine ended in the middle of the text. Send the request again later.")
+
+    @contextmanager
+    def turn(self, record: Record) -> Iterator[CoreTurn]:
+        """A turn for an engine's own application. Raises Overloaded as `Slots.take` does."""
+        with self.slots.place() as place:
+            yield CoreTurn(record, place, self._log_prompts)
 
     async def drain(self, timeout_s: float) -> None:
         """Wait until no request runs or waits, at most `timeout_s` seconds; then end those that are left."""

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hmac
 import json
 import logging
 import struct
 import time
-import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import replace
@@ -20,14 +18,15 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Send
 
 from ipex_vllm.engines.bounds import MAX_SHOWN
 from ipex_vllm.engines.generation import ContextOverflow, Generation, InvalidParameter, RequestError
 from ipex_vllm.serving.connections import ConnectionLimit
 from ipex_vllm.serving.conversation import ChatFormat
-from ipex_vllm.serving.core import Core, Overloaded, Tally, Unauthorized, bug_error
+from ipex_vllm.serving.core import Core, Tally, bug_error
 from ipex_vllm.serving.metrics import exposition
+from ipex_vllm.serving.openai import OpenAIServer, request_id
 from ipex_vllm.serving.protocol import (
     FRAMES_MEDIA_TYPE,
     EmbeddingRequest,
@@ -37,6 +36,8 @@ from ipex_vllm.serving.protocol import (
     error_payload,
     parse_prompt,
 )
+from ipex_vllm.serving.refusals import BearerToken
+from ipex_vllm.serving.slots import Overloaded
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -90,9 +91,12 @@ class FastChatServer:
         core: the loaded model, and the requests to it.
         chat_format: how a conversation becomes a prompt.
         api_token: when set, every request must carry it as a bearer token.
+        openai: the engine's own application for the paths of OpenAI's API, beside FastChat's.
     """
 
-    def __init__(self, core: Core, chat_format: ChatFormat, api_token: str | None = None) -> None:
+    def __init__(
+        self, core: Core, chat_format: ChatFormat, api_token: str | None = None, openai: ASGIApp | None = None
+    ) -> None:
         self.core = core
         self.chat_format = chat_format
         self.app = FastAPI(title="ipex-vllm worker", docs_url=None, redoc_url=None, openapi_url=None)
@@ -110,6 +114,8 @@ class FastChatServer:
         probes = {"/health": self.health, "/ready": self.ready, "/metrics": self.metrics}
         for path, endpoint in probes.items():
             self.app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
+        if openai is not None:
+            self.app.mount("", OpenAIServer(core, openai))  # the last one: it gets what is left
         self.app.add_exception_handler(RequestError, self._on_request_error)
         self.app.add_exception_handler(Exception, self._on_bug)
         if api_token:
@@ -119,7 +125,7 @@ class FastChatServer:
     # Endpoints
 
     async def generate_stream(self, request: Request) -> Response:
-        headers = {"x-request-id": request_id(request)}
+        headers = {"x-request-id": request_id(request.headers)}
         try:
             body = await read_json(request)
         except RequestError as error:
@@ -127,7 +133,7 @@ class FastChatServer:
         return FrameResponse(self.frames(body, headers["x-request-id"]), self.core.tally, headers)
 
     async def generate(self, request: Request) -> Response:
-        headers = {"x-request-id": request_id(request)}
+        headers = {"x-request-id": request_id(request.headers)}
         frames = self.frames(await read_json(request), headers["x-request-id"])
         return JSONResponse(await until_disconnect(request, last_of(frames)), headers=headers)
 
@@ -211,31 +217,9 @@ class FastChatServer:
         return JSONResponse(error_payload(bug_error()))
 
 
-class BearerToken:
-    """Refuses every request without the right `Authorization: Bearer` header."""
-
-    def __init__(self, app: ASGIApp, token: str) -> None:
-        self._app = app
-        self._expected = f"Bearer {token}".encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._expected):
-                error = Unauthorized("This worker asks for its API token: send `Authorization: Bearer TOKEN`.")
-                await JSONResponse(error_payload(error), 401)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
 def as_templated(generation: Generation, chat_format: ChatFormat) -> Generation:
     """The generation with the prompt that the model's own template would give."""
     return replace(generation, prompt=chat_format.normalize(generation.prompt))
-
-
-def request_id(request: Request) -> str:
-    """The client's own id of a request, or a new one."""
-    return request.headers.get("x-request-id", "")[:128] or uuid.uuid4().hex
 
 
 async def read_json(request: Request) -> Any:

@@ -82,30 +82,41 @@ def test_sigterm_under_load_loses_nothing(model: str, controller: str, tmp_path:
 
 def test_what_the_drain_cuts_off_ends_with_an_error(model: str, tmp_path: Path) -> None:
     arguments = ("--model-path", model, "--no-register", "--drain-timeout", "0.2")
-    with worker(tmp_path / "worker", *arguments) as running, ThreadPoolExecutor(2) as pool:
+    with worker(tmp_path / "worker", *arguments) as running, ThreadPoolExecutor(4) as pool:
         params = {"prompt": "def", "max_new_tokens": 2000, "ignore_eos": True}
         answers = [pool.submit(stream, running.url, **params), pool.submit(generate, running.url, **params)]
-        eventually(lambda: status(running.url)["queue_length"] == 2, "both running")
+        by_openai = [pool.submit(complete, running.url, stream=stream) for stream in (True, False)]
+        eventually(lambda: status(running.url)["queue_length"] == 4, "all running")
         assert running.stop() == 0
         streamed, whole = (answer.result() for answer in answers)
         assert (streamed[-1]["error_code"], whole["error_code"]) == (42903, 42903)
+        begun, refused = (answer.result() for answer in by_openai)
+        last, done = begun.text.split("\n\n")[-3:-1]
+        assert (begun.status_code, done) == (200, "data: [DONE]")
+        assert "shut down before the request was finished" in last
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
         assert "Traceback" not in running.output
         assert "disconnect" not in running.output
 
 
 def test_a_dead_engine_ends_the_worker_and_its_requests(model: str, controller: str, tmp_path: Path) -> None:
     register = ["--model-path", model, "--controller-address", controller]
-    with worker(tmp_path / "worker", *register) as running, ThreadPoolExecutor(4) as pool:
+    with worker(tmp_path / "worker", *register) as running, ThreadPoolExecutor(6) as pool:
         url = running.url
         params = {"prompt": "def", "max_new_tokens": 2000, "ignore_eos": True}
         answers = [pool.submit(stream, url, **params) for _ in range(4)]
-        eventually(lambda: status(url)["queue_length"] == 4, "all running")
+        by_openai = [pool.submit(complete, url, stream=stream) for stream in (True, False)]
+        eventually(lambda: status(url)["queue_length"] == 6, "all running")
         tree = running.tree()
         engines = [child for child in tree if "EngineCore" in child.name() or "EngineCor" in " ".join(child.cmdline())]
         assert engines
         engines[0].send_signal(signal.SIGKILL)
         for answer in answers:
             assert answer.result()[-1]["error_code"] == 50001
+        begun, refused = (answer.result() for answer in by_openai)
+        assert "the worker is restarting" in begun.text.split("\n\n")[-3]
+        assert refused.status_code == 503
+        assert "the worker is restarting" in refused.json()["error"]["message"]
         assert running.process.wait(60) == 1
         assert listed_models(controller) == []
         assert not psutil.wait_procs(tree, timeout=10)[1]
@@ -183,6 +194,12 @@ def test_explain_prints_every_decision_and_loads_nothing(model: str) -> None:
         assert decision in done.stderr
     assert "Loading" not in done.stderr
     assert "s3cret" not in done.stdout + done.stderr
+
+
+def complete(url: str, **options: object) -> httpx.Response:
+    """A long text by OpenAI's API."""
+    body = {"model": "tiny", "prompt": "def", "max_tokens": 2000, "ignore_eos": True, **options}
+    return httpx.post(f"{url}/v1/completions", json=body, trust_env=False, timeout=120)
 
 
 def status(url: str) -> dict[str, object]:

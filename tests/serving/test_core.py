@@ -9,7 +9,8 @@ from contextlib import aclosing
 import pytest
 
 from ipex_vllm.engines.generation import Generation, InternalError, InvalidParameter, RequestError
-from ipex_vllm.serving.core import ERROR_CODES, Core, InvalidModel, Overloaded, Slots, Unauthorized, error_code
+from ipex_vllm.serving.core import ERROR_CODES, Core, InvalidModel, Unauthorized, error_code
+from ipex_vllm.serving.slots import Overloaded, Slots
 from tests.support import FakeEngine
 
 

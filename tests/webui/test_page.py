@@ -14,8 +14,9 @@ from transformers import AutoTokenizer
 
 from ipex_vllm.demo import MODEL_DIR
 from ipex_vllm.serving.conversation import ChatFormat, translate
-from ipex_vllm.serving.core import Core, Slots
+from ipex_vllm.serving.core import Core
 from ipex_vllm.serving.fastchat import FastChatServer
+from ipex_vllm.serving.slots import Slots
 from tests.processes import Server, register
 from tests.support import FakeEngine, serving
 from tests.webui.conftest import OpenPage

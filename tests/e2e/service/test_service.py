@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -18,15 +17,6 @@ from tests.support import generate, raw_post, stream
 QUESTION = "What does itertools.chain do?"
 # What Prometheus appends to a family's name, by the family's type.
 SUFFIXES = {"gauge": [""], "counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    # In float32, so that the order of a batch's sums does not decide between nearly equal logits.
-    folder = tmp_path_factory.mktemp("service") / "up"
-    with Service(folder, "--low-bit", "fp32", FASTCHAT_WORKER_HEART_BEAT_INTERVAL="1") as running:
-        yield running
-        assert running.stop() == 0
 
 
 @pytest.fixture

@@ -1,0 +1,261 @@
+"""vLLM's own application for OpenAI's API, over a client of the engine that takes its turn for each request.
+
+It serves what vLLM serves for the model: chat, completions, Responses, Anthropic's messages, tools, structured output,
+embeddings, scores, adapters. Mounted, it has no lifespan of its own: what that would do is done here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import types
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import fields
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
+
+from ipex_vllm.engines.bounds import check_logprobs, check_stops
+from ipex_vllm.engines.generation import InternalError, InvalidParameter
+from ipex_vllm.engines.turns import Turn, current_turn
+from ipex_vllm.engines.vllm_parsers import choose_parsers
+from ipex_vllm.errors import EngineError, OptionError, root_cause
+
+logger = logging.getLogger(__name__)
+
+# Fields of vLLM's FrontendArgs that are not options here: the worker listens, answers for TLS and tokens, logs requests
+# and gives them ids, in its own way for every path.
+OURS = {
+    "host",
+    "port",
+    "uds",
+    "grpc_port",
+    "root_path",
+    "api_key",
+    "sse_keep_alive_interval",
+    "enable_request_id_headers",
+    "disable_fastapi_docs",
+    "enable_offline_docs",
+    "disable_access_log_for_endpoints",
+    "disable_uvicorn_access_log",
+}
+POOLING_PATHS = (
+    *("/v1/embeddings", "/v2/embed", "/pooling", "/classify", "/score", "/v1/score"),
+    *("/rerank", "/v1/rerank", "/v2/rerank"),
+)
+OUR_PREFIXES = ("ssl_", "enable_ssl_", "uvicorn_", "h11_", "data_parallel_supervisor_", "dp_supervisor_")
+
+
+def add_front_end_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of vLLM's front end under vLLM's own names, less those that collide with the worker's."""
+    from vllm.entrypoints.launchers.cli_args import FrontendArgs
+
+    theirs = argparse.ArgumentParser(add_help=False)
+    FrontendArgs.add_cli_args(theirs)
+    group = parser.add_argument_group("OpenAI API", "vLLM's front end, which serves it.")
+    for action in theirs._actions:
+        if action.dest not in OURS and not action.dest.startswith(OUR_PREFIXES):
+            group._add_action(action)
+
+
+def prepare(args: argparse.Namespace, model_path: str) -> None:
+    """Complete the front end's arguments before the engine starts. Raises OptionError."""
+    from vllm.entrypoints.launchers.cli_args import FrontendArgs, validate_parsed_serve_args
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers import ToolParserManager
+
+    defaults = FrontendArgs()
+    for field in fields(FrontendArgs):
+        if not hasattr(args, field.name):
+            setattr(args, field.name, getattr(defaults, field.name))
+    args.disable_fastapi_docs = True
+    for plugin, read in (
+        (args.tool_parser_plugin, ToolParserManager.import_tool_parser),
+        (args.reasoning_parser_plugin, ReasoningParserManager.import_reasoning_parser),
+    ):
+        if plugin:
+            read(plugin)
+    for flag, parser, known in (
+        ("--tool-call-parser", args.tool_call_parser, ToolParserManager.list_registered()),
+        ("--reasoning-parser", args.reasoning_parser, ReasoningParserManager.list_registered()),
+    ):
+        if parser and parser not in known:
+            raise OptionError(f"{flag} {parser}: there is no such parser; vLLM has {', '.join(sorted(known))}")
+    if args.enable_auto_tool_choice and not args.tool_call_parser:
+        raise OptionError("--enable-auto-tool-choice asks for --tool-call-parser")
+    try:
+        validate_parsed_serve_args(args)
+    except ValueError as error:
+        raise OptionError(f"--chat-template: {root_cause(error)}") from error
+    apply_parsers(args, model_path)
+
+
+def apply_parsers(args: argparse.Namespace, model_path: str) -> None:
+    """The parsers of the model's family, where the user has named none."""
+    if args.tool_call_parser or args.reasoning_parser:
+        return
+    chosen = choose_parsers(model_path)
+    args.enable_auto_tool_choice = chosen.tools is not None
+    # A call that is forced is made by a grammar, for any model; vLLM asks for a parser all the same.
+    args.tool_call_parser = chosen.tools or "hermes"
+    args.reasoning_parser = chosen.reasoning or ""
+    logger.info("parsers: %s", chosen)
+
+
+async def make_application(llm: Any, args: argparse.Namespace) -> tuple[ASGIApp, asyncio.Task[None]]:
+    """The application, and the task that logs vLLM's statistics, to be cancelled. Raises EngineError."""
+    from vllm import envs
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.utils.gc_utils import freeze_gc_heap
+
+    args.structured_outputs_config = llm.vllm_config.structured_outputs_config
+    client = TurnTakingClient(llm)
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers.copy()
+    try:
+        tasks = await llm.get_supported_tasks()
+        await llm.reset_mm_cache()  # what the memory profile left in it
+        app = build_app(args, tasks, llm.model_config)
+        await init_app_state(client, app.state, args, tasks)
+    except Exception as error:
+        logger.debug("vLLM's application could not be made", exc_info=True)
+        raise EngineError(
+            f"vLLM's OpenAI API could not start (--no-openai leaves it out): {root_cause(error)}"
+        ) from error
+    finally:  # one of the packages that it is made of configures logging for the whole process
+        root.setLevel(level)
+        root.handlers[:] = handlers
+    app.add_exception_handler(HTTPException, not_found)
+    app.middleware_stack = app.build_middleware_stack()  # the same package has built it already, without the handler
+    # vLLM's error handler tells its server to exit when the engine has died, which the worker sees by itself.
+    app.state.server = types.SimpleNamespace(should_exit=False)
+
+    async def log_statistics() -> None:
+        while True:
+            await asyncio.sleep(envs.VLLM_LOG_STATS_INTERVAL)
+            await llm.do_log_stats()
+
+    freeze_gc_heap()
+    return app, asyncio.create_task(log_statistics())
+
+
+async def not_found(request: Request, error: Exception) -> Response:
+    """What the router has no endpoint for, in OpenAI's form."""
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    if error.status_code == 404 and request.url.path in POOLING_PATHS:
+        message = (
+            "This worker's model generates text. Embeddings and scores come from a model that is started with "
+            "--runner pooling."
+        )
+    content = {"error": {"message": message, "type": "NotFoundError", "param": None, "code": error.status_code}}
+    return JSONResponse(content, error.status_code, error.headers)
+
+
+class TurnTakingClient:
+    """vLLM's client of the engine, as its application knows it, whose requests begin in their turn and are counted."""
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._llm, name)
+
+    @property
+    def dead_error(self) -> BaseException:
+        from vllm.exceptions import RetryableRequestError
+
+        told = "The engine has died and the worker is restarting. Send the request again later."
+        error: BaseException = RetryableRequestError(told)
+        return error
+
+    async def generate(
+        self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
+    ) -> AsyncGenerator[Any, None]:
+        turn = current_turn.get()
+        check_bounds(sampling_params, len(prompt.get("prompt_token_ids", ())))
+        await turn.begin(self._text_of(prompt))
+        counter = Counter(turn, sampling_params)
+        with self._told(turn):
+            async with contextlib.aclosing(
+                self._llm.generate(prompt, sampling_params, request_id, **options)
+            ) as outputs:
+                async for output in outputs:
+                    counter.add(output)
+                    yield output
+
+    async def encode(
+        self, prompt: Any, pooling_params: Any, request_id: str, **options: Any
+    ) -> AsyncGenerator[Any, None]:
+        turn = current_turn.get()
+        await turn.begin(self._text_of(prompt))
+        with self._told(turn):
+            async with contextlib.aclosing(self._llm.encode(prompt, pooling_params, request_id, **options)) as outputs:
+                async for output in outputs:
+                    if output.finished:
+                        turn.count(len(output.prompt_token_ids), 0, "stop", None)
+                    yield output
+
+    @contextlib.contextmanager
+    def _told(self, turn: Turn) -> Any:
+        """Notes what fails; a dead engine is told as what it is to the client."""
+        from vllm.exceptions import VLLMServerError
+
+        try:
+            yield
+        except VLLMServerError as error:
+            turn.fail(InternalError(root_cause(error)))
+            if self._llm.errored:
+                raise self.dead_error from error
+            raise
+
+    def _text_of(self, prompt: Any) -> Callable[[], str]:
+        def text() -> str:
+            given = prompt.get("prompt") if isinstance(prompt, dict) else None
+            token_ids = prompt.get("prompt_token_ids", []) if isinstance(prompt, dict) else []
+            return str(given or self._llm.get_tokenizer().decode(token_ids))
+
+        return text
+
+
+def check_bounds(params: Any, prompt_tokens: int) -> None:
+    """Raise vLLM's error for a client's mistake where a request asks for more than it may of any protocol."""
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        check_stops(params.stop or (), params.stop_token_ids or ())
+        check_logprobs(params.n, params.logprobs, params.max_tokens or 0)
+        check_logprobs(1, params.prompt_logprobs, prompt_tokens)
+    except InvalidParameter as error:
+        raise VLLMValidationError(str(error)) from error
+
+
+class Counter:
+    """Counts the tokens of one request to the engine, by outputs of any kind."""
+
+    def __init__(self, turn: Turn, sampling_params: Any) -> None:
+        from vllm.sampling_params import RequestOutputKind
+
+        self._turn = turn
+        self._holds_all = sampling_params.output_kind is RequestOutputKind.CUMULATIVE
+        self._counted: dict[int, int] = {}
+        self._has_prompt = False
+
+    def add(self, output: Any) -> None:
+        prompt_tokens = 0 if self._has_prompt else len(output.prompt_token_ids or ())
+        self._has_prompt = True
+        num_tokens, finish_reason = 0, None
+        for completion in output.outputs:
+            before = self._counted.get(completion.index, 0) if self._holds_all else 0
+            self._counted[completion.index] = len(completion.token_ids)
+            num_tokens += len(completion.token_ids) - before
+            finish_reason = completion.finish_reason or finish_reason
+        # The engine's clock is this machine's; without statistics it tells no time.
+        first_token_at = getattr(output.metrics, "first_token_ts", None) or None
+        self._turn.count(prompt_tokens, num_tokens, finish_reason, first_token_at)

@@ -1,0 +1,84 @@
+"""Answers in OpenAI's form: an error, and a stream of server-sent events that shows life while it waits."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Mapping
+
+from fastapi.responses import JSONResponse
+from starlette.types import Message, Send
+
+SIGN_OF_LIFE_S = 15.0  # proxies and clients give up after a minute or more
+SIGN_OF_LIFE = b": waiting\n\n"  # a comment, which readers of server-sent events skip
+
+
+class Answer:
+    """What has been sent of an answer, and signs of life while nothing is.
+
+    Attributes:
+        headers: what is added to the answer's own.
+        is_muted: nothing more of what the application sends goes out.
+    """
+
+    def __init__(self, send: Send, headers: Mapping[str, str] | None = None) -> None:
+        self._send = send
+        self._sent_at = time.monotonic()
+        self.headers = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
+        self.status = 0
+        self.is_event_stream = self.has_ended = self.is_muted = False
+
+    @property
+    def has_begun(self) -> bool:
+        return self.status != 0
+
+    async def send(self, message: Message) -> None:
+        if not self.is_muted:
+            await self.send_always(message)
+
+    @contextlib.asynccontextmanager
+    async def alive(self) -> AsyncIterator[None]:
+        """Send a comment into a stream of events whenever it has been silent for SIGN_OF_LIFE_S."""
+        task = asyncio.create_task(self._show_life())
+        try:
+            yield
+        finally:
+            task.cancel()
+
+    async def end_with(self, event: bytes) -> None:
+        """End a stream of events with this one."""
+        await self.send_always({"type": "http.response.body", "body": event, "more_body": False})
+
+    async def send_always(self, message: Message) -> None:
+        """Send also what is not the application's."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            names = [name for name, _ in self.headers]
+            kept = [(name, value) for name, value in message["headers"] if name not in names]
+            message = {**message, "headers": [*kept, *self.headers]}
+            self.is_event_stream = dict(kept).get(b"content-type", b"").startswith(b"text/event-stream")
+        elif message["type"] == "http.response.body":
+            self.has_ended = not message.get("more_body", False)
+        self._sent_at = time.monotonic()
+        await self._send(message)
+
+    async def _show_life(self) -> None:
+        while not self.has_ended:
+            silent_s = time.monotonic() - self._sent_at
+            if silent_s >= SIGN_OF_LIFE_S and self.is_event_stream:
+                await self.send({"type": "http.response.body", "body": SIGN_OF_LIFE, "more_body": True})
+            await asyncio.sleep(max(SIGN_OF_LIFE_S - silent_s, SIGN_OF_LIFE_S / 10))
+
+
+def error_response(
+    status: int, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """An error in OpenAI's form."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": None}}, status, headers)
+
+
+def error_event(error: JSONResponse) -> bytes:
+    """An error as the end of a stream of events."""
+    return b"data: " + bytes(error.body) + b"\n\ndata: [DONE]\n\n"

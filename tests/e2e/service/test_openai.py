@@ -1,0 +1,285 @@
+"""The worker's own /v1, by the clients that people use, beside FastChat's servers on the same worker."""
+
+from __future__ import annotations
+
+import json
+import random
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import anthropic
+import httpx
+import jsonschema
+import openai
+import pytest
+from langchain_openai import ChatOpenAI
+from pydantic import BaseModel, Field, SecretStr
+
+from tests.json_schemas import is_trivial, random_schema
+from tests.processes import Service, eventually
+from tests.support import raw_post
+
+QUESTION: list[Any] = [{"role": "user", "content": "What does itertools.chain do?"}]
+PARAMETERS = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "enum": ["Paris", "Rome"]},
+        "days": {"type": "integer", "minimum": 1, "maximum": 9},
+    },
+    "required": ["city"],
+    "additionalProperties": False,
+}
+TOOL: Any = {"type": "function", "function": {"name": "forecast", "parameters": PARAMETERS}}
+STRICT_TOOL: Any = {"type": "function", "function": {**TOOL["function"], "strict": True}}
+# What a model that knows Hermes' syntax writes when it calls the tool by itself; the demo model does not.
+CALL = r'<tool_call>\n\{"name": "forecast", "arguments": \{"city": "(Paris|Rome)"\}\}\n</tool_call>'
+
+
+@pytest.fixture
+def client(service: Service) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{service.worker_url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture
+def claude(service: Service) -> anthropic.Anthropic:
+    return anthropic.Anthropic(base_url=service.worker_url, api_key="none", max_retries=0)
+
+
+def metric(service: Service, name: str) -> float:
+    text = httpx.get(f"{service.worker_url}/metrics", trust_env=False).text
+    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
+
+
+# OpenAI's client
+
+
+def test_models(client: openai.OpenAI) -> None:
+    (model,) = client.models.list().data
+    assert model.id == "demo"
+
+
+def test_chat_says_the_same_streamed_with_usage_and_by_fastchats_server(
+    client: openai.OpenAI, service: Service
+) -> None:
+    whole = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0)
+    assert "iterable" in (whole.choices[0].message.content or "")
+    assert whole.choices[0].finish_reason == "stop"
+    stream = client.chat.completions.create(
+        model="demo", messages=QUESTION, temperature=0, stream=True, stream_options={"include_usage": True}
+    )
+    *chunks, last = list(stream)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == whole.choices[0].message.content
+    assert last.usage == whole.usage
+    beside = openai.OpenAI(base_url=f"{service.api_url}/v1", api_key="none", max_retries=0)
+    by_fastchat = beside.chat.completions.create(model="demo", messages=QUESTION, temperature=0)
+    assert by_fastchat.choices[0].message.content == text
+
+
+def test_logprobs_and_several_choices(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="demo", messages=QUESTION, temperature=0.1, n=2, max_tokens=5, logprobs=True, top_logprobs=3
+    )
+    assert len(answer.choices) == 2
+    for choice in answer.choices:
+        assert choice.logprobs is not None
+        assert choice.logprobs.content is not None
+        assert len(choice.logprobs.content) == 5
+        assert all(len(token.top_logprobs) == 3 and token.logprob <= 0 for token in choice.logprobs.content)
+
+
+def test_completions_and_responses(client: openai.OpenAI) -> None:
+    completion = client.completions.create(model="demo", prompt=["import", "def"], max_tokens=4, temperature=0)
+    assert len(completion.choices) == 2
+    response = client.responses.create(model="demo", input="What does itertools.chain do?", temperature=0)
+    assert "iterable" in response.output_text
+
+
+def test_a_tool_call_is_forced_by_name_and_in_general(client: openai.OpenAI) -> None:
+    for choice in ({"type": "function", "function": {"name": "forecast"}}, "required"):
+        answer = client.chat.completions.create(
+            model="demo",
+            messages=QUESTION,
+            tools=[STRICT_TOOL],
+            tool_choice=choice,  # type: ignore[arg-type]
+            n=16,  # the demo model writes no JSON of its own accord: some of its texts are white space without end
+            temperature=1.5,
+            max_tokens=300,
+        )
+        calls: list[Any] = [
+            call
+            for ended in answer.choices
+            if ended.finish_reason != "length"
+            for call in ended.message.tool_calls or []
+        ]
+        assert calls, [(ended.finish_reason, ended.message) for ended in answer.choices]
+        for call in calls:
+            assert call.function.name == "forecast"
+            jsonschema.validate(json.loads(call.function.arguments), PARAMETERS)
+        # The round trip: the model reads what the tool returned.
+        messages = [
+            *QUESTION,
+            {"role": "assistant", "tool_calls": [calls[0].model_dump()]},
+            {"role": "tool", "tool_call_id": calls[0].id, "content": "sunny"},
+        ]
+        after = client.chat.completions.create(model="demo", messages=messages, max_tokens=4)
+        assert after.choices[0].finish_reason in ("stop", "length")
+
+
+def test_calls_that_the_model_makes_by_itself_are_read_streamed_and_in_parallel(client: openai.OpenAI) -> None:
+    def ask(regex: str, **options: Any) -> Any:
+        return client.chat.completions.create(
+            model="demo",
+            messages=QUESTION,
+            tools=[TOOL],
+            tool_choice="auto",
+            temperature=0,
+            max_tokens=200,
+            extra_body={"structured_outputs": {"regex": regex}},
+            **options,
+        )
+
+    for regex, num_calls in ((CALL, 1), (rf"{CALL}\n{CALL}", 2)):
+        choice = ask(regex).choices[0]
+        assert choice.finish_reason == "tool_calls"
+        assert [call.function.name for call in choice.message.tool_calls] == ["forecast"] * num_calls
+        for call in choice.message.tool_calls:
+            jsonschema.validate(json.loads(call.function.arguments), PARAMETERS)
+        arguments: dict[int, str] = {}
+        for chunk in ask(regex, stream=True):
+            for part in chunk.choices[0].delta.tool_calls or []:
+                arguments[part.index] = arguments.get(part.index, "") + (part.function.arguments or "")
+        whole = [json.loads(call.function.arguments) for call in choice.message.tool_calls]
+        assert [json.loads(text) for text in arguments.values()] == whole
+
+
+class Address(BaseModel):
+    street: str = Field(max_length=12)
+    number: int = Field(ge=1, le=999)
+
+
+class Person(BaseModel):
+    name: str = Field(max_length=12)
+    kind: Literal["human", "robot"]
+    addresses: list[Address] = Field(min_length=1, max_length=2)
+
+
+def test_a_pydantic_model_is_filled(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.parse(
+        model="demo", messages=QUESTION, response_format=Person, temperature=0, max_tokens=600
+    )
+    person = answer.choices[0].message.parsed
+    assert person is not None
+    assert 1 <= len(person.addresses) <= 2
+
+
+# Anthropic's client
+
+
+def test_messages_whole_streamed_and_with_a_tool(claude: anthropic.Anthropic, client: openai.OpenAI) -> None:
+    asked: Any = {"model": "demo", "max_tokens": 100, "messages": QUESTION, "extra_body": {"temperature": 0}}
+    whole = claude.messages.create(**asked)
+    chat = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0, max_tokens=100)
+    assert whole.stop_reason == "end_turn"
+    assert whole.content[0].text == chat.choices[0].message.content  # type: ignore[union-attr]
+    with claude.messages.stream(**asked) as stream:
+        assert "".join(stream.text_stream) == chat.choices[0].message.content
+        assert stream.get_final_message().usage.output_tokens == whole.usage.output_tokens
+    uses: list[Any] = []
+    for _ in range(20):  # see the tools above
+        called = claude.messages.create(
+            model="demo",
+            max_tokens=300,
+            messages=QUESTION,
+            tools=[{"name": "forecast", "input_schema": PARAMETERS, "strict": True}],
+            tool_choice={"type": "tool", "name": "forecast"},
+        )
+        uses += [block for block in called.content if block.type == "tool_use" and called.stop_reason == "tool_use"]
+        if uses:
+            break
+    for use in uses:
+        jsonschema.validate(use.input, PARAMETERS)
+    assert uses
+
+
+# LangChain
+
+
+def test_a_chain_streams_and_calls_a_tool(service: Service) -> None:
+    model = ChatOpenAI(base_url=f"{service.worker_url}/v1", api_key=SecretStr("none"), model="demo", temperature=0)
+    whole = model.invoke("What does itertools.chain do?")
+    assert "iterable" in str(whole.content)
+    assert "".join(str(part.content) for part in model.stream("What does itertools.chain do?")) == whole.content
+    with_tool = model.bind_tools([TOOL]).bind(extra_body={"structured_outputs": {"regex": CALL}})
+    (call,) = with_tool.invoke("Go on").tool_calls  # type: ignore[attr-defined]
+    assert (call["name"], call["args"]["city"] in ("Paris", "Rome")) == ("forecast", True)
+
+
+# What goes wrong
+
+
+def test_errors_have_the_form_that_the_clients_read(client: openai.OpenAI, claude: anthropic.Anthropic) -> None:
+    with pytest.raises(openai.NotFoundError, match="nothing"):
+        client.chat.completions.create(model="nothing", messages=QUESTION)
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        client.chat.completions.create(model="demo", messages=QUESTION, temperature=-1)
+    with pytest.raises(openai.BadRequestError, match="2048"):
+        client.completions.create(model="demo", prompt="word " * 9000)
+    with pytest.raises(openai.NotFoundError, match="--runner pooling"):
+        client.embeddings.create(model="demo", input="text")
+    with pytest.raises(anthropic.NotFoundError, match="nothing"):
+        claude.messages.create(model="nothing", max_tokens=1, messages=QUESTION)
+    unknown = httpx.get(str(client.base_url) + "nothing", trust_env=False)
+    assert (unknown.status_code, unknown.json()["error"]["type"]) == (404, "NotFoundError")
+
+
+def test_requests_are_counted_logged_by_their_id_and_given_up_with_their_client(service: Service) -> None:
+    before = metric(service, "ipex_vllm_completion_tokens_total")
+    body = {"model": "demo", "prompt": "import", "max_tokens": 5, "ignore_eos": True}
+    answer = httpx.post(
+        f"{service.worker_url}/v1/completions", json=body, headers={"X-Request-Id": "my-own"}, trust_env=False
+    )
+    assert answer.json()["id"] == "cmpl-my-own"
+    assert metric(service, "ipex_vllm_completion_tokens_total") == before + 5
+    eventually(lambda: "request my-own length prompt_tokens=1 completion_tokens=5 ttft=0" in service.output, "logged")
+    endless = {**body, "max_tokens": 2000, "min_tokens": 2000}
+    for stream in (True, False):
+        gone = metric(service, "ipex_vllm_disconnects_total")
+        connections = [raw_post(service.worker_url, "/v1/completions", {**endless, "stream": stream}) for _ in range(8)]
+        eventually(lambda: metric(service, "vllm:num_requests_running") == 8, "all run")
+        status = httpx.post(f"{service.worker_url}/worker_get_status", trust_env=False).json()
+        assert status["queue_length"] == 8
+        for connection in connections:
+            connection.close()
+        eventually(lambda: metric(service, "ipex_vllm_slots_in_use") == 0, "all slots free")
+        eventually(lambda: metric(service, "vllm:num_requests_running") == 0, "nothing runs in vLLM")
+        assert metric(service, "ipex_vllm_disconnects_total") == gone + 8
+
+
+# Structured output on schemas of every kind
+
+
+def test_no_answer_that_ended_violates_its_schema(client: openai.OpenAI) -> None:
+    """The demo model knows no JSON, and at a high temperature it is as good as random weights."""
+    schemas = [random_schema(random.Random(seed)) for seed in range(200)]
+
+    def ask(item: tuple[int, dict[str, Any]]) -> tuple[str | None, str | None]:
+        seed, schema = item
+        answer = client.chat.completions.create(
+            model="demo",
+            messages=QUESTION,
+            temperature=2.0,
+            seed=seed,
+            max_tokens=400,
+            response_format={"type": "json_schema", "json_schema": {"name": "schema", "schema": schema}},
+        )
+        return answer.choices[0].finish_reason, answer.choices[0].message.content
+
+    with ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(ask, enumerate(schemas)))
+    values = []
+    for schema, (finish_reason, text) in zip(schemas, answers, strict=True):
+        if finish_reason == "stop":
+            values.append(json.loads(text or ""))
+            jsonschema.validate(values[-1], schema)
+    assert sum(not is_trivial(value) for value in values) >= len(schemas) // 2, len(values)
