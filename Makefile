@@ -13,11 +13,11 @@ UV := $(shell sed -n 's/^\(uv==[^ ;]*\).*/\1/p' requirements.lock)
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
-serve: $(VENV)/.ready env-webui  ## start controller, worker, API server and web UI; MODEL=path DEVICE=cpu|xpu ARGS="..."
+serve: $(VENV)/.ready env-webui tcmalloc  ## start controller, worker, API server and web UI; MODEL=path DEVICE=cpu|xpu ARGS="..."
 	@exec $(BIN)/python -m ipex_vllm.up --model-path '$(MODEL)' --device $(DEVICE) $(ARGS)
 
 test: $(VENV)/.ready lint env-webui chromium deploy-tools  ## lint, type-check and run all tests but ipex-llm's own
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -92,12 +92,17 @@ test-ipex-llm test-ipex: test-%: env-%
 	PYTHONPATH=$(CURDIR) .venv-$*/bin/python -m pytest tests/$(subst -,_,$*) tests/serving/test_protocol.py \
 		tests/serving/test_fastchat.py
 
-# What tests call and is not on PyPI, for Debian and Ubuntu.
-.PHONY: chromium deploy-tools
+# What is not on PyPI, for Debian and Ubuntu.
+.PHONY: chromium deploy-tools tcmalloc
 apt_get := apt-get update -qq && apt-get install -y -qq --no-install-recommends
 
 chromium:  ## install what the web UI's tests drive (Debian and Ubuntu)
 	command -v chromium >/dev/null || { $(apt_get) chromium fonts-dejavu-core fonts-noto-color-emoji; }
+
+tcmalloc:  ## install the allocator that the worker preloads (Debian and Ubuntu, as root; serving does without)
+	@ls /usr/lib/*/libtcmalloc_minimal.so.4 /usr/lib64/libtcmalloc_minimal.so.4 2>/dev/null | grep -q . \
+		|| { test "$$(id -u)" = 0 && $(apt_get) libtcmalloc-minimal4 >/dev/null 2>&1; } \
+		|| echo "tcmalloc is not installed; with it allocating is faster: apt-get install libtcmalloc-minimal4"
 
 deploy-tools:  ## install nginx and systemd-analyze, which the tests of docs/deploy call (Debian and Ubuntu)
 	{ test -x /usr/sbin/nginx && command -v systemd-analyze >/dev/null; } || { $(apt_get) nginx-light systemd; }

@@ -142,6 +142,11 @@ class WorkerOptions:
     log_prompts: bool = option("write prompts into the log", False)
     cores: str | None = option('cores that compute, e.g. "0-7"; default: all physical cores of one NUMA node', None)
     kv_cache_gib: float | None = option("GiB for the KV cache; default: sized from the memory that is free", None)
+    max_stream_gap: float = option(
+        "seconds that a running stream may wait for the prompts of others, which are cut to fit; 0: as vLLM does",
+        0.5,
+        parse=seconds,
+    )
     compile: bool | None = option(
         "torch.compile the model: a slower start, faster steps; default: by the size of the model", None
     )

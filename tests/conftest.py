@@ -1,12 +1,24 @@
-"""Machines that the tests plan for."""
+"""Machines that the tests plan for, and the cores that they run on."""
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from tests.machines import FakeRoot, cores
+
+
+def pytest_configure() -> None:
+    """Make each process of `pytest -n` one like any other, with cores of its own before PyTorch counts them: two pools
+    of threads on one core wait for each other."""
+    if (name := os.environ.get("PYTEST_XDIST_WORKER")) is not None:
+        number, processes = int(name.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        usable = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, usable[number::processes] or usable)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # it ignores Ctrl-C, and so would what it starts
 
 
 @pytest.fixture

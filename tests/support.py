@@ -6,6 +6,8 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
+import random
 import shutil
 import socket
 import threading
@@ -27,10 +29,14 @@ from ipex_vllm.serving.slots import Slots
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+    """A port that nobody listens on. Each process of `pytest -n` has a range of its own, below those that the kernel
+    gives to connections, so that nobody else is given the port before it is used."""
+    first = 20_000 + 5_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = random.randrange(first, first + 5_000)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 class CharacterTokenizer:

@@ -141,7 +141,7 @@ def test_make_serve_and_make_test_run_what_is_tested() -> None:
     """tests/e2e/service/test_service.py starts the first, and this is run by the second."""
     for target, last in (
         ("serve", ".venv/bin/python -m ipex_vllm.up --model-path 'demo' --device cpu"),
-        ("test", ".venv/bin/python -m pytest"),
+        ("test", ".venv/bin/python -m pytest -n 2 --dist loadfile"),
     ):
         # --no-print-directory: under `make test` this is a make in a make, which would end with a line of its own.
         command = ["make", "--dry-run", "--no-print-directory", target]

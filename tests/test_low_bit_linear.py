@@ -138,7 +138,8 @@ def test_the_kernel_follows_from_the_format_the_machine_the_dtype_and_the_shape(
         ("sym_int8", 32, "w8a8"),
         ("sym_int8", 64, "w8a8"),
         ("sym_int8", 128, "dequantize"),
-        ("fp8_e4m3", 64, "dequantize"),
+        ("fp8_e4m3", 64, "w8a16"),
+        ("fp8_e4m3", 16, "dequantize"),
     ],
 )
 def test_a_group_that_a_kernel_does_not_take_is_for_another(

@@ -330,7 +330,7 @@ def test_upstreams_own_server_serves_a_format(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="only AMX has registers to ask for")
 @pytest.mark.parametrize(("plugins", "status"), [("", -signal.SIGILL), ("ipex_vllm_low_bit", 0)])
 def test_upstream_alone_does_not_ask_for_amx(plugins: str, status: int, models: dict[str, Path]) -> None:
-    """Where the first of these two fails, `register.allow_amx` is no longer needed."""
+    """Where the first of these two fails, `upstream.allow_amx` is no longer needed."""
     code = """if __name__ == "__main__":
     import sys
     from vllm import LLM, SamplingParams
@@ -343,3 +343,15 @@ def test_upstream_alone_does_not_ask_for_amx(plugins: str, status: int, models: 
     command = [sys.executable, "-c", code, str(models["llama"])]
     done = subprocess.run(command, env=variables | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}, capture_output=True)
     assert done.returncode == status, done.stderr[-2000:]
+
+
+def test_upstream_alone_does_not_load_what_it_compiled() -> None:
+    """Where this fails, `upstream.load_compiled` is no longer needed."""
+    code = """import inspect
+from types import SimpleNamespace
+from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable as Compiled
+from vllm.compilation import decorators
+assert "compiled_fn.finalize_loading(" in inspect.getsource(decorators._try_load_aot_compiled_fn)
+print(hasattr(Compiled(SimpleNamespace(serialize=None)), "finalize_loading"))
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -35,7 +35,7 @@ w4a8.linear(torch.randn(64, 512), packed, None, 1024, 32, True)
 packed = w8a8.pack(torch.zeros(1024, 512, dtype=torch.int8), torch.ones(1024, 1))
 w8a8.linear(torch.randn(64, 512), packed, None, 1024, w8a8.ROW)
 codes = torch.zeros(1024, 512).to(torch.float8_e4m3fn)
-w8a16.linear(torch.randn(64, 512), w8a16.pack(codes, torch.ones(1024, 1)), None, 1024, codes.dtype)
+w8a16.linear(torch.randn(64, 512), w8a16.pack(codes, torch.ones(1024, 1)), None, 1024, w8a16.ROW, codes.dtype)
 print(before, len(os.listdir("/proc/self/task")))
 """
 
@@ -87,7 +87,7 @@ def call():
     x, bias = torch.zeros(128, 1 << 14).t(), torch.zeros(64)  # 8 MiB, and not contiguous
     w4a8.linear(x, packed, bias, 64, 128, True)
     w8a8.linear(x, packed_int8, bias, 64, w8a8.ROW)
-    w8a16.linear(x, packed_fp8, bias, 64, torch.float8_e4m3fn)
+    w8a16.linear(x, packed_fp8, bias, 64, w8a16.ROW, torch.float8_e4m3fn)
     try:
         w4a8.linear(x, packed, bias, 65, 128, True)
     except RuntimeError:

@@ -68,6 +68,7 @@ SAMPLES: dict[str, tuple[str, Any, Any]] = {
     "limit_worker_concurrency": ("7", 7, 7),
     "limit_worker_queue": ("0", 0, 0),
     "drain_timeout": ("1.5", 1.5, 1.5),
+    "max_stream_gap": ("1.5", 1.5, 1.5),
     "api_token": ("-secret", "-secret", "-secret"),
     "openai": ("no", False, False),
     "log_prompts": ("yes", True, True),

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <random>
+#include <utility>
 #include <vector>
 
 using namespace w8a16;
@@ -27,23 +28,31 @@ static float bfloat16(uint16_t value) {
     return result;
 }
 
-// As the kernels add: the even and the odd inputs, then both. The second result is the sum of the magnitudes.
+// As the kernels add: a group's even and its odd inputs, both together, and that scaled to what the groups before gave.
+// The second result is the sum of the magnitudes.
 static std::vector<float> reference(const std::vector<float> &x, const Weights &w, const std::vector<float> &bias,
                                     int64_t rows, std::vector<float> &magnitudes) {
     std::vector<float> out(rows * w.outputs);
+    const int64_t group = w.group ? w.group : w.inputs;
     for (int64_t m = 0; m < rows; ++m)
         for (int64_t n = 0; n < w.outputs; ++n) {
-            const uint8_t *tile = w.tile(n / kTileOutputs);
-            float sums[2] = {0, 0}, magnitude = 0, scale;
-            std::memcpy(&scale, tile + n % kTileOutputs * 4, 4);
-            for (int64_t k = 0; k < w.inputs; ++k) {
-                const uint8_t *line = tile + kScalesBytes + k / 2 * kLineBytes;
-                const float value = number(line[n % 16 * 4 + k % 2 * 2 + n % kTileOutputs / 16], w.format);
-                sums[k % 2] = std::fma(value, x[m * w.inputs + k], sums[k % 2]);
-                magnitude += std::fabs(value * x[m * w.inputs + k]);
+            float sum = 0, magnitude = std::fabs(bias[n]);
+            for (int64_t g = 0; g < w.groups(); ++g) {
+                const uint8_t *block = w.block(n / kTileOutputs, g);
+                float sums[2] = {0, 0}, scale;
+                std::memcpy(&scale, block + n % kTileOutputs * 4, 4);
+                for (int64_t k = 0; k < group; ++k) {
+                    const uint8_t *line = block + kScalesBytes + k / 2 * kLineBytes;
+                    const float value = number(line[n % 16 * 4 + k % 2 * 2 + n % kTileOutputs / 16], w.format);
+                    const float input = x[m * w.inputs + g * group + k];
+                    sums[k % 2] = std::fma(value, input, sums[k % 2]);
+                    magnitude += std::fabs(value * input) * scale;
+                }
+                const bool is_last = g + 1 == w.groups();
+                sum = std::fma(scale, sums[0] + sums[1], is_last ? sum + bias[n] : sum);
             }
-            magnitudes[m * w.outputs + n] = magnitude * scale + std::fabs(bias[n]);
-            out[m * w.outputs + n] = std::fma(scale, sums[0] + sums[1], bias[n]);
+            magnitudes[m * w.outputs + n] = magnitude;
+            out[m * w.outputs + n] = sum;
         }
     return out;
 }
@@ -54,22 +63,25 @@ int main() {
     std::vector<int> isas{kAvx2};
     if (w8a16_isa(common::kFloat32) == kAvx512) isas.push_back(kAvx512);
     if (w8a16_isa(common::kBFloat16) == kAvx512Bf16) isas.push_back(kAvx512Bf16);
+    // The inputs, and how many of them share a scale.
+    const std::pair<int64_t, int64_t> sizes[] = {{1, 0},   {2, 0},   {15, 0},   {16, 0},   {17, 0},     {255, 0},
+                                                 {256, 0}, {257, 0}, {1152, 0}, {192, 32}, {1152, 128}};
     int checked = 0;
     for (const Format format : {kE4M3, kE5M2})
         for (const int64_t outputs : {1, 31, 32, 33, 80})
-            for (const int64_t inputs : {1, 2, 15, 16, 17, 255, 256, 257, 1152})
+            for (const auto &[inputs, group] : sizes)
                 for (const int64_t rows : {1, 2, 5, 6, 7, 12, 13, 25, 129}) {
-                    Weights w{nullptr, outputs, inputs, format};
-                    std::vector<uint8_t> packed(w.tile(w.tiles()) - w.tile(0));
+                    Weights w{nullptr, outputs, inputs, group, format};
+                    std::vector<uint8_t> packed(w.tiles() * w.groups() * w.block_bytes());
                     for (auto &byte : packed)
                         do byte = random();
                         while ((byte & 127) >= (format == kE4M3 ? 127 : 124)); // numbers
                     w.packed = packed.data();
-                    for (int64_t n = 0; n < w.tiles() * kTileOutputs; ++n) {
-                        const float scale = std::fabs(normal(random));
-                        std::memcpy(packed.data() + (w.tile(n / kTileOutputs) - packed.data()) + n % kTileOutputs * 4,
-                                    &scale, 4);
-                    }
+                    for (int64_t block = 0; block < w.tiles() * w.groups(); ++block)
+                        for (int n = 0; n < kTileOutputs; ++n) {
+                            const float scale = std::fabs(normal(random));
+                            std::memcpy(packed.data() + block * w.block_bytes() + n * 4, &scale, 4);
+                        }
                     std::vector<uint16_t> narrow(rows * inputs);
                     std::vector<float> x(rows * inputs), bias(outputs), out(rows * outputs), magnitudes(out.size());
                     for (size_t i = 0; i < x.size(); ++i) {
@@ -90,7 +102,7 @@ int main() {
                             const int dtype = is_narrow ? common::kBFloat16 : common::kFloat32;
                             std::fill(out.begin(), out.end(), NAN);
                             bool right = !w8a16_linear(from, packed.data(), rows % 2 ? bias.data() : nullptr, to, rows,
-                                                       outputs, inputs, format, dtype, common::kFloat32, isa, threads);
+                                                       outputs, inputs, group, format, dtype, common::kFloat32, isa, threads);
                             if (is_narrow)
                                 for (size_t i = 0; i < out.size(); ++i)
                                     right &= std::fabs(bfloat16(narrow_out[i]) - expected[i]) <=

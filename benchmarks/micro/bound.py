@@ -42,10 +42,10 @@ class Weights:
 
 
 def _bits(storage: Storage | str) -> float:
-    """Bits per weight: a group has a 16-bit scale, an asymmetric one a 16-bit minimum beside it."""
+    """Bits per weight; scales of whole output channels are left out, which are too few to count."""
     assert isinstance(storage, Storage)
-    format, size = storage.format, storage.group_size
-    return format.bits + ((16 if format.symmetric else 32) / size if size else 0)
+    size = storage.group_size
+    return storage.format.bits + (8 * storage.scale_bytes / size if size else 0)
 
 
 # head_bits are those of the output projection, which OpenVINO keeps in 8 bits.

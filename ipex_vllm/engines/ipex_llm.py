@@ -24,7 +24,8 @@ from ipex_vllm.engines.engine import Engine
 from ipex_vllm.engines.generation import Delta, Generation, RequestError
 from ipex_vllm.engines.older_transformers import readable_model
 from ipex_vllm.engines.tokenization import PromptEncoder
-from ipex_vllm.engines.vllm_requests import OutputReader, request_error, sampling_params, thread_binding
+from ipex_vllm.engines.vllm_devices import thread_binding
+from ipex_vllm.engines.vllm_requests import OutputReader, request_error, sampling_params
 from ipex_vllm.errors import EngineError, OptionError, root_cause
 from ipex_vllm.lifetime import die_with_parent
 from ipex_vllm.low_bit.formats import FORMATS

@@ -21,9 +21,10 @@ from ipex_vllm.engines import vllm_openai
 from ipex_vllm.engines.engine import Engine
 from ipex_vllm.engines.generation import Delta, Generation, InvalidParameter, RequestError
 from ipex_vllm.engines.tokenization import PromptEncoder
+from ipex_vllm.engines.vllm_devices import DEVICES, bound_threads
 from ipex_vllm.engines.vllm_failure import told_in_one_line
 from ipex_vllm.engines.vllm_options import add_listed, keep_listing
-from ipex_vllm.engines.vllm_requests import OutputReader, request_error, sampling_params, thread_binding
+from ipex_vllm.engines.vllm_requests import OutputReader, request_error, sampling_params
 from ipex_vllm.errors import EngineError, OptionError
 from ipex_vllm.low_bit import vllm_arguments
 from ipex_vllm.options import WorkerOptions
@@ -45,11 +46,6 @@ QUIET = {
     "PYTHONWARNINGS": "ignore",
     "TORCH_LOGS": "-all",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
-}
-
-DEVICE_HELP = {
-    "cpu": 'Install the CPU build: pip install "ipex-vllm[cpu]".',
-    "xpu": "It needs an Intel GPU and vLLM's XPU build; docs/xpu.md says how to get it.",
 }
 
 
@@ -112,18 +108,19 @@ class VllmEngine(Engine):
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        from ipex_vllm.engines.vllm_scheduler import pace_steps
+
         if current_platform.device_type != plan.device:
             raise EngineError(
                 f"--device {plan.device}: the installed vLLM runs on {current_platform.device_type or 'no device'}. "
-                f"{DEVICE_HELP[plan.device]}"
+                f"{DEVICES[plan.device].advice}"
             )
         args = argparse.Namespace(**vars(plan.engine_args))
         args.model = plan.model_path
         args.served_model_name = list(plan.names)
         apply_low_bit(args, plan)
         apply_plan(args, plan)
-        if plan.device == "cpu":
-            prepare_cpu_process(args, plan)
+        DEVICES[plan.device].prepare(args, plan)
         if plan.serves_openai:
             vllm_openai.prepare(args, plan.model_path)
         if args.load_format in CHECKPOINT_FORMATS:
@@ -134,8 +131,10 @@ class VllmEngine(Engine):
                 follow(engine_args)
             config = engine_args.create_engine_config(UsageContext.ENGINE_CONTEXT)
             whole = config.model_config.max_model_len
+            pace_steps(config, plan.max_stream_gap)
             log_choices = {name: vars(args)[name] for name in ("enable_log_requests", "disable_log_stats")}
-            engine = cls(AsyncLLM.from_vllm_config(config, **log_choices), args)
+            with bound_threads(config):
+                engine = cls(AsyncLLM.from_vllm_config(config, **log_choices), args)
             engine._tasks = await engine._llm.get_supported_tasks()
         if plan.context is None and engine.context_length < whole:  # which only vLLM could know
             logger.info("%s", context_line(engine.context_length, whole, plan.kv_cache_bytes * len(plan.rank_cores)))
@@ -265,16 +264,3 @@ def apply_plan(args: argparse.Namespace, plan: Plan) -> None:
     args.enforce_eager = args.enforce_eager or not plan.use_compile
     if args.max_model_len is None:
         args.max_model_len = FITTED_CONTEXT
-
-
-def prepare_cpu_process(args: argparse.Namespace, plan: Plan) -> None:
-    """What vLLM reads from its process on a CPU. Raises OptionError for what does not run on one."""
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", thread_binding(plan))
-    # vLLM 0.32 saves the compiled model ahead of time, cannot load on CPUs what it saved, and compiles again.
-    os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
-    if args.enforce_eager and args.pipeline_parallel_size > 1:
-        # vLLM 0.32 allocates what a later stage receives only in the warm-up that belongs to compiling.
-        raise OptionError(
-            f"--pipeline-parallel-size {args.pipeline_parallel_size} does not run eagerly on a CPU: "
-            "leave --no-compile and --enforce-eager out"
-        )

@@ -16,7 +16,6 @@ from ipex_vllm.engines.generation import (
     TokenLogprob,
 )
 from ipex_vllm.errors import root_cause
-from ipex_vllm.plan.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -24,11 +23,6 @@ MAX_REASON = 300  # characters
 
 # vLLM has more reasons than FastChat's protocol. "abort" and "error" are no end of a text but a failure.
 FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "repetition": "stop"}
-
-
-def thread_binding(plan: Plan) -> str:
-    """Each rank's cores, as VLLM_CPU_OMP_THREADS_BIND has them."""
-    return "|".join(",".join(map(str, cores)) for cores in plan.rank_cores)
 
 
 def sampling_params(generation: Generation, max_tokens: int) -> Any:

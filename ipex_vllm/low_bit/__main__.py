@@ -7,9 +7,8 @@ from pathlib import Path
 from ipex_vllm.demo import resolve_model_path
 from ipex_vllm.errors import OneLine, OptionError, run_main
 from ipex_vllm.low_bit.formats import FORMATS, resolve
+from ipex_vllm.low_bit.recipe import OWN_TEXT
 from ipex_vllm.options import Parser
-
-OWN_TEXT = "own"  # as `save.save` has it, which imports torch
 
 
 def run() -> None:

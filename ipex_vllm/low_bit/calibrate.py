@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ipex_vllm.low_bit.importance import inputs_given_to
 from ipex_vllm.low_bit.layout import to_tensors
 from ipex_vllm.low_bit.quantize import QuantizedWeight, quantize
 from ipex_vllm.low_bit.recipe import Storage
@@ -96,20 +97,13 @@ def input_products(model: Any, part: Mapping[str, nn.Module], tokens: Tensor) ->
     totals: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
-    def hook(name: str) -> Any:
-        def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows = inputs[0].detach().flatten(0, -2).float()
-            totals[name] = totals.get(name, 0) + rows.T @ rows
-            counts[name] = counts.get(name, 0) + len(rows)
+    def add(name: str, rows: Tensor) -> None:
+        totals[name] = totals.get(name, 0) + rows.T @ rows
+        counts[name] = counts.get(name, 0) + len(rows)
 
-        return add
-
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in part.items()]
-    with torch.inference_mode():
+    with torch.inference_mode(), inputs_given_to(part, add):
         for sequence in tokens:
             model(input_ids=sequence[None, :], use_cache=False)
-    for handle in handles:
-        handle.remove()
     return {name: total / counts[name] for name, total in totals.items()}
 
 

@@ -81,7 +81,7 @@ def _integers(bits: int, symmetric: bool) -> tuple[float, ...]:
 _SCALE = f"one scale per {GROUP_SIZE}"
 _SYMMETRIC = f"{{}}-bit integers, {_SCALE}"
 _ASYMMETRIC = f"{{}}-bit integers, a scale and a minimum per {GROUP_SIZE}"
-_MINIFLOAT = "8-bit floats with {} bits of mantissa, one scale per output channel"
+_MINIFLOAT = "8-bit floats with {} bits of mantissa, one scale per output channel, or per 64 when quantized on load"
 
 FORMATS: dict[str, Format] = {
     row.name: row
@@ -90,7 +90,9 @@ FORMATS: dict[str, Format] = {
         Format("asym_int4", 4, "integer", _ASYMMETRIC.format(4), GROUP_SIZE, False, _integers(4, False)),
         Format("sym_int5", 5, "integer", _SYMMETRIC.format(5), GROUP_SIZE, True, _integers(5, True)),
         Format("asym_int5", 5, "integer", _ASYMMETRIC.format(5), GROUP_SIZE, False, _integers(5, False)),
-        Format("sym_int8", 8, "integer", "8-bit integers, one scale per output channel"),
+        Format(
+            "sym_int8", 8, "integer", "8-bit integers, one scale per output channel, or per 32 when quantized on load"
+        ),
         Format("fp8_e4m3", 8, "float8", _MINIFLOAT.format(3), dtype="float8_e4m3fn"),
         Format("fp8_e5m2", 8, "float8", _MINIFLOAT.format(2), dtype="float8_e5m2"),
         Format("nf4", 4, "table", f"16 levels for normal distributions, {_SCALE}", GROUP_SIZE, True, NF4_VALUES),

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -38,14 +38,14 @@ def measure(model: nn.Module, token_ids: torch.Tensor | None = None) -> dict[str
     sums: dict[str, torch.Tensor] = {}
     counts: dict[str, int] = {}
 
-    def add(name: str, x: torch.Tensor) -> None:
-        rows = x.detach().reshape(-1, x.shape[-1]).float()
+    def add(name: str, rows: torch.Tensor) -> None:
         sums[name] = sums.get(name, 0) + rows.square().sum(0)
         counts[name] = counts.get(name, 0) + len(rows)
 
     if token_ids is None:
         token_ids = random_token_ids(model.config)
-    with torch.inference_mode(), _inputs_of_linears(model, add):
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    with torch.inference_mode(), inputs_given_to(linears, add):
         model(input_ids=token_ids, use_cache=False)
     return {name: (total / counts[name]).cpu() for name, total in sums.items() if total.isfinite().all()}
 
@@ -133,19 +133,17 @@ def _measure_checkpoint(model_path: str, folder: str) -> dict[str, torch.Tensor]
 
 
 @contextmanager
-def _inputs_of_linears(model: nn.Module, add: Any) -> Iterator[None]:
-    def hook(name: str) -> Any:
-        return lambda _, inputs: add(name, inputs[0])
+def inputs_given_to(modules: Mapping[str, nn.Module], add: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+    """Within it, what one of `modules` is called with goes to `add`, too, as float32 [rows, in_features]."""
 
-    hooks = [
-        module.register_forward_pre_hook(hook(name))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
+    def hook(name: str) -> Any:
+        return lambda _, inputs: add(name, inputs[0].detach().flatten(0, -2).float())
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
     try:
         yield
     finally:
-        for handle in hooks:
+        for handle in handles:
             handle.remove()
 
 

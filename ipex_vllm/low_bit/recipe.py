@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from ipex_vllm.low_bit.formats import Format, fitting_group_size, resolve, unsuitable_reason
 
 # What `--low-bit-head` takes beside the names of the formats: the format of the other layers, and none at all.
 SAME, NONE = "same", "none"
 
-# The format of the head, unless another is asked for. In memory 32 of its weights share a scale, which keeps more of a
-# model's answers than a scale an output channel (docs/low-bit.md); in a file, that others open too, a channel does.
+# What a saved checkpoint is calibrated on when no text is given: what the model writes itself.
+OWN_TEXT = "own"
+
+# The format of the head, unless another is asked for.
 INT8 = "sym_int8"
-INT8_GROUP_SIZE = 32
+
+# How many inputs share a scale in memory, on a CPU, where nothing else is asked for. It keeps more of a model's answers
+# than a scale an output channel (docs/low-bit.md), which is what these formats have in a file, for others to open it.
+LOADED_GROUP_SIZES = {INT8: 32, "fp8_e4m3": 64, "fp8_e5m2": 64}
 
 # The layers that choose a token's experts. They are tiny, and a wrong choice is the largest error that there is.
 ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")
@@ -27,6 +32,12 @@ class Storage:
     format: Format
     group_size: int | None
 
+    @property
+    def scale_bytes(self) -> int:
+        """What the kernels keep beside the codes that share a scale: that, and in asymmetric formats a minimum."""
+        has_float16 = self.group_size is not None and self.format.kind != "float8"
+        return 2 * (2 - self.format.symmetric) if has_float16 else 4
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -37,7 +48,8 @@ class Recipe:
         group_size: the inputs that share a scale where they divide a layer's; None for the format's default.
         head: the output head's format; None if it stays as it is.
         head_reason: why it does.
-        int8_group_size: the inputs that share a scale in sym_int8 where `group_size` does not say it; None for all.
+        group_sizes: the inputs that share a scale, by the format's name, where `group_size` does not say it and it is
+            not the format's own number.
         falls_back: whether a layer whose inputs `group_size` does not divide takes a smaller group.
     """
 
@@ -45,7 +57,7 @@ class Recipe:
     group_size: int | None = None
     head: Format | None = None
     head_reason: str = "left as it is"
-    int8_group_size: int | None = None
+    group_sizes: Mapping[str, int] = field(default_factory=dict)
     falls_back: bool = True
 
     def storage(self, name: str, in_features: int, *, is_head: bool = False) -> Storage | str:
@@ -57,8 +69,8 @@ class Recipe:
             return self.head_reason
         # An 8-bit head beside 4-bit layers has its own default.
         wanted = self.group_size if format is self.format else None
-        if wanted is None and format.name == INT8:
-            wanted = self.int8_group_size
+        if wanted is None:
+            wanted = self.group_sizes.get(format.name)
         if reason := unsuitable_reason(format, in_features, wanted, falls_back=self.falls_back):
             return reason
         return Storage(format, fitting_group_size(format, in_features, wanted))
@@ -78,19 +90,20 @@ def on_load(format: Format, head: str | None = None, device: str = "cpu", group_
         return Recipe(format, group_size, None, "there is no kernel for 8-bit integers on XPU")
     if head is None:
         head = SAME if device == "xpu" else INT8
+    group_sizes = LOADED_GROUP_SIZES if device == "cpu" else {}
     if head == NONE:
-        return Recipe(format, group_size, int8_group_size=INT8_GROUP_SIZE)
+        return Recipe(format, group_size, group_sizes=group_sizes)
     chosen = format if head == SAME else resolve(head)
     if chosen.kind == "dtype":
         raise ValueError(f"{chosen.name} quantizes nothing: use {NONE} for an output head that stays as it is")
     if device == "xpu" and not chosen.runs_on_xpu:
         raise ValueError(f"{chosen.name} has no kernel on XPU, for the output head either")
-    return Recipe(format, group_size, chosen, int8_group_size=INT8_GROUP_SIZE)
+    return Recipe(format, group_size, chosen, group_sizes=group_sizes)
 
 
 def on_save(format: Format, head: str | None = None, group_size: int | None = None) -> Recipe:
-    """Like `on_load` on a CPU, for a file: its 8-bit integers have a scale an output channel, as others read them."""
-    return replace(on_load(format, head, group_size=group_size), int8_group_size=None)
+    """Like `on_load` on a CPU, for a file: its 8-bit formats have a scale an output channel, as others read them."""
+    return replace(on_load(format, head, group_size=group_size), group_sizes={})
 
 
 def summarize_kept(kept: Iterable[tuple[str, str]]) -> Iterator[str]:

@@ -20,15 +20,12 @@ from ipex_vllm.low_bit.formats import Format
 from ipex_vllm.low_bit.layout import to_tensors
 from ipex_vllm.low_bit.quantize import quantize
 from ipex_vllm.low_bit.readers import ours, quantized_in
-from ipex_vllm.low_bit.recipe import Recipe, Storage, on_save, summarize_kept
+from ipex_vllm.low_bit.recipe import OWN_TEXT, Recipe, Storage, on_save, summarize_kept
 from ipex_vllm.machine.checkpoint import SAFETENSORS_INDEX as INDEX
 from ipex_vllm.machine.checkpoint import header_of, some, weight_files
 
 # Of files that are not written here, and of their other layout, which vLLM would look for.
 DESCRIBE_THE_SOURCE = ("pytorch_model.bin.index.json", "consolidated.safetensors.index.json", "params.json")
-
-
-OWN_TEXT = "own"  # what `save` calibrates on when no text is given: what the model writes itself
 
 
 def save(

@@ -71,9 +71,7 @@ def loaded_bytes(
 
 
 def _stored(shape: Sequence[int], storage: Storage) -> int:
-    """Bytes of a weight [out_features, in_features]: codes, and scales and minima of two bytes, or four per channel."""
-    format, (outputs, inputs) = storage.format, shape
-    codes = outputs * inputs * (4 if format.is_packed else 8) // 8
-    if storage.group_size is None:
-        return codes + 4 * outputs
-    return codes + outputs * (inputs // storage.group_size) * (2 if format.symmetric else 4)
+    """Bytes of a weight [out_features, in_features]: codes, scales and minima."""
+    outputs, inputs = shape
+    codes = outputs * inputs * (4 if storage.format.is_packed else 8) // 8
+    return codes + outputs * (inputs // (storage.group_size or inputs)) * storage.scale_bytes

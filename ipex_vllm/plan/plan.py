@@ -55,6 +55,7 @@ class Plan:
         use_compile: torch.compile the model, or run it eagerly.
         memory_share: the share of a GPU's whole memory that the engine may fill; None without GPUs.
         serves_openai: the engine's own application for OpenAI's API is wanted, too.
+        max_stream_gap: seconds that a running stream may wait for the prompts of others; 0 leaves it to the engine.
         engine_args: the engine's own options, under its own names.
     """
 
@@ -71,6 +72,7 @@ class Plan:
     memory_share: float | None = None
     lines: tuple[str, ...] = ()
     serves_openai: bool = True
+    max_stream_gap: float = 0.0
     engine_args: argparse.Namespace = field(default_factory=argparse.Namespace)
 
 

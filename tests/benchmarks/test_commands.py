@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,15 +20,10 @@ import yaml
 from benchmarks.compare.running import RunningSystem
 from benchmarks.compare.systems import launch
 from benchmarks.options import BenchmarkError
+from tests.support import free_port
 
 ROOT = Path(__file__).parents[2]
 FAKE = f"{sys.executable} -m tests.benchmarks.fake_server"
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def bench(*arguments: object, wait: bool = True) -> Any:

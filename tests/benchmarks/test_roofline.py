@@ -44,7 +44,7 @@ def test_floats_compute_at_the_faster_of_fp32_and_bf16() -> None:
 
 def test_our_formats_count_their_scales_and_the_head_that_they_have() -> None:
     assert (WEIGHTS["sym_int4"].bits, WEIGHTS["sym_int4"].head_bits) == (4.5, 8.5)
-    assert (WEIGHTS["asym_int4"].bits, WEIGHTS["fp8_e4m3"].bits, WEIGHTS["sym_int8"].bits) == (5, 8, 8.5)
+    assert (WEIGHTS["asym_int4"].bits, WEIGHTS["fp8_e4m3"].bits, WEIGHTS["sym_int8"].bits) == (5, 8.5, 8.5)
     assert (WEIGHTS["bf16"].bits, WEIGHTS["bf16"].head_bits) == (16, 16)
 
 

@@ -108,9 +108,7 @@ def test_a_dead_engine_ends_the_worker_and_its_requests(model: str, controller: 
         by_openai = [pool.submit(complete, url, stream=stream) for stream in (True, False)]
         eventually(lambda: status(url)["queue_length"] == 6, "all running")
         tree = running.tree()
-        engines = [child for child in tree if "EngineCore" in child.name() or "EngineCor" in " ".join(child.cmdline())]
-        assert engines
-        engines[0].send_signal(signal.SIGKILL)
+        engine_core(tree).send_signal(signal.SIGKILL)
         for answer in answers:
             assert answer.result()[-1]["error_code"] == 50001
         begun, refused = (answer.result() for answer in by_openai)
@@ -122,13 +120,37 @@ def test_a_dead_engine_ends_the_worker_and_its_requests(model: str, controller: 
         assert not psutil.wait_procs(tree, timeout=10)[1]
 
 
-def test_a_killed_worker_leaves_no_process(model: str, tmp_path: Path) -> None:
-    with worker(tmp_path / "worker", "--model-path", model, "--no-register") as running:
+def engine_core(tree: list[psutil.Process]) -> psutil.Process:
+    """vLLM's process with the scheduler, by the name that it takes; the kernel cuts names off."""
+    return next(child for child in tree if "EngineCor" in child.name() + " ".join(child.cmdline()))
+
+
+def test_one_rank_computes_in_the_engines_own_process_and_a_killed_worker_leaves_none(
+    model: str, tmp_path: Path
+) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    with worker(tmp_path / "worker", "--model-path", model, "--no-register", "--verbose") as running:
+        generate(running.url, prompt="def", max_new_tokens=4)
         tree = running.tree()
-        assert len(tree) >= 3, "server, engine and one compute process"
+        assert not [child for child in tree if "Worker" in child.name()], "a process beside the engine's"
+        tasks = Path(f"/proc/{engine_core(tree).pid}/task").iterdir()
+        alone_on = [*(mask for task in tasks if len(mask := os.sched_getaffinity(int(task.name))) == 1)]
+        for core in cores:
+            assert {core} in alone_on, "a thread for each core that the plan has, bound to it"
         running.process.kill()
         running.process.wait()
         assert not psutil.wait_procs(tree, timeout=20)[1]
+
+
+def test_a_second_start_loads_what_the_first_one_compiled(model: str, tmp_path: Path) -> None:
+    options = ("--model-path", model, "--low-bit", "sym_int4", "--compile", "--no-register", "--verbose")
+    answers = []
+    for name in ("first", "second"):
+        with worker(tmp_path / name, *options, VLLM_CACHE_ROOT=str(tmp_path / "kept")) as running:
+            answers.append(generate(running.url, prompt="def", max_new_tokens=16, temperature=0, ignore_eos=True))
+            assert ("Directly load AOT compilation" in running.output) is (name == "second"), running.output
+            assert running.stop() == 0
+    assert answers[0]["text"] == answers[1]["text"]
 
 
 def test_two_workers_fit_on_one_machine_with_options_from_everywhere(model: str, tmp_path: Path) -> None:
@@ -227,3 +249,28 @@ def test_sampling_parameters_reach_the_engine(model: str, tmp_path: Path) -> Non
         assert text(temperature=1.5, seed=1) != text(temperature=1.5, seed=2)
         assert text(temperature=0, repetition_penalty=2.0) != greedy
         assert text(temperature=0, presence_penalty=2.0, frequency_penalty=2.0) != greedy
+
+
+def test_a_stream_goes_on_while_a_long_prompt_is_computed(model: str, tmp_path: Path) -> None:
+    arguments = (
+        "--model-path",
+        model,
+        "--no-register",
+        "--max-stream-gap",
+        "0.0001",
+    )  # so the least that a step may have
+    with worker(tmp_path / "worker", *arguments) as running, ThreadPoolExecutor(1) as pool:
+        generate(running.url, prompt="import " * 100, max_new_tokens=1)  # the speed is measured
+        first = pool.submit(stream, running.url, prompt="def", max_new_tokens=1500, ignore_eos=True)
+        eventually(lambda: generated_tokens(running.url) > 10, "running")
+        before = generated_tokens(running.url)
+        long = generate(running.url, prompt="from " * 1800, max_new_tokens=1)
+        assert long["usage"]["prompt_tokens"] >= 1800
+        assert generated_tokens(running.url) - before > 1800 / 17, "one for each of the steps that the prompt took"
+        assert first.result()[-1]["usage"]["completion_tokens"] == 1500
+
+
+def generated_tokens(url: str) -> float:
+    lines = httpx.get(f"{url}/metrics", trust_env=False).text.splitlines()
+    (line,) = (line for line in lines if line.startswith("vllm:generation_tokens_total{"))
+    return float(line.rsplit(" ", 1)[1])

@@ -210,12 +210,16 @@ void w8a8_operator(Value *stack, uint64_t, uint64_t) {
 
 void w8a16_operator(Value *stack, uint64_t, uint64_t) {
     Linear linear(stack);
-    const int32_t format = int32_t(stack[4]);
-    const w8a16::Weights weights{nullptr, linear.outputs, linear.inputs, w8a16::Format(format)};
-    linear.check_packed("8-bit float", weights.tile(weights.tiles()) - weights.tile(0));
-    const int32_t isa = usable(int64_t(stack[5]), w8a16_isa(linear.dtype), "fp8");
+    const int64_t group = int64_t(stack[4]);
+    const int32_t format = int32_t(stack[5]);
+    const w8a16::Weights weights{nullptr, linear.outputs, linear.inputs, group, w8a16::Format(format)};
+    if ((group != 0 && group != 32 && group != 64 && group != 128) || (group && linear.inputs % group))
+        fail("8-bit float weights have groups of 32, 64 or 128 inputs, or 0 for a scale per output: " +
+             std::to_string(linear.inputs) + " are not divided by " + std::to_string(group));
+    linear.check_packed("8-bit float", weights.tiles() * weights.groups() * weights.block_bytes());
+    const int32_t isa = usable(int64_t(stack[6]), w8a16_isa(linear.dtype), "fp8");
     stack[0] = linear.result([&](auto... tensors_and_rows) {
-        return w8a16_linear(tensors_and_rows..., linear.outputs, linear.inputs, format, linear.dtype,
+        return w8a16_linear(tensors_and_rows..., linear.outputs, linear.inputs, group, format, linear.dtype,
                             linear.bias_dtype, isa, omp_get_max_threads());
     });
 }

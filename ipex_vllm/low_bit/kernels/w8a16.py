@@ -7,6 +7,8 @@ from ipex_vllm.low_bit.kernels import native
 from ipex_vllm.low_bit.kernels.base import LowBitLinear
 from ipex_vllm.low_bit.quantize import QuantizedWeight
 
+GROUP_SIZES = (32, 64, 128)
+ROW = 0  # in place of a group size: one scale per output
 TILE_OUTPUTS = 32
 
 ISAS = {1: "avx2", 2: "avx512", 3: "avx512_bf16"}
@@ -40,18 +42,24 @@ def pack(codes: Tensor, scales: Tensor) -> Tensor:
 
     Args:
         codes: float8_e4m3fn or float8_e5m2 [N, K].
-        scales: float32 [N, 1]; a weight is `scale * code`.
+        scales: float32 [N, K // group], group one of `GROUP_SIZES`, or [N, 1], one for each output, with any K; a
+            weight is `scale * code`.
 
     Returns:
-        uint8 [packed bytes], for `linear`.
+        uint8 [packed bytes], for `linear`, which is told the group, or `ROW`.
 
     Raises:
         ValueError: the shapes do not fit each other, a code is infinite or not a number, or a scale is not finite (or,
             for float8_e4m3fn, beyond 2^119).
     """
     outputs, inputs = codes.shape
-    if scales.shape != (outputs, 1):
-        raise ValueError(f"8-bit float weights {tuple(codes.shape)} need a scale per output, not {tuple(scales.shape)}")
+    groups = scales.shape[-1]
+    group = inputs if groups == 1 else inputs // max(groups, 1)
+    if scales.shape != (outputs, groups) or group * groups != inputs or (groups != 1 and group not in GROUP_SIZES):
+        raise ValueError(
+            f"8-bit float weights {tuple(codes.shape)} need a scale per output, or for each "
+            f"{', '.join(map(str, GROUP_SIZES))} inputs, not {tuple(scales.shape)}"
+        )
     numbers = codes.view(torch.uint8)
     if (numbers & 0x7F).amax() > LARGEST_CODES[codes.dtype]:
         raise ValueError("a weight is infinite or not a number")
@@ -63,13 +71,19 @@ def pack(codes: Tensor, scales: Tensor) -> Tensor:
     halves = torch.nn.functional.pad(numbers, (0, inputs % 2, 0, padding)).reshape(tiles, 2, 16, -1)
     words = halves[:, 0].short() | halves[:, 1].short() << 8
     # Two inputs of two outputs, 4 bytes: [tile, lane, line] -> [tile, line, lane]
-    lines = words.view(torch.int32).transpose(1, 2).contiguous().view(torch.uint8).view(tiles, -1)
-    tile_scales = torch.nn.functional.pad(scales.flatten(), (0, padding)).view(tiles, TILE_OUTPUTS)
-    return torch.cat([tile_scales.view(torch.uint8), lines], dim=1).flatten()
+    lines = words.view(torch.int32).transpose(1, 2).contiguous().view(torch.uint8).view(tiles, groups, -1)
+    padded = torch.nn.functional.pad(scales, (0, 0, 0, padding)).view(tiles, TILE_OUTPUTS, groups)
+    return torch.cat([padded.transpose(1, 2).contiguous().view(torch.uint8), lines], dim=2).flatten()
 
 
 def linear(
-    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, weight_dtype: torch.dtype, isa: int = 0
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+    weight_dtype: torch.dtype,
+    isa: int = 0,
 ) -> Tensor:
     """`x @ weight.T + bias` with the weights of `pack`, through the torch operator `ipex_vllm::w8a16_linear`.
 
@@ -81,6 +95,7 @@ def linear(
         x: float32, float16 or bfloat16 [..., K].
         packed: uint8, from `pack`.
         bias: float32 or x's dtype [N], or None.
+        group_size: one of `GROUP_SIZES`, or `ROW`.
         weight_dtype: that of the codes.
         isa: one of `ISAS`, which this CPU must have; 0 is the best one.
 
@@ -91,11 +106,18 @@ def linear(
         RuntimeError: a shape or dtype does not fit, or the kernel cannot run here.
     """
     operator = torch.ops.ipex_vllm.w8a16_linear.default
-    return operator(x, packed, bias, out_features, WEIGHT_DTYPES[weight_dtype], isa)  # type: ignore[no-any-return]
+    arguments = (x, packed, bias, out_features, group_size, WEIGHT_DTYPES[weight_dtype], isa)
+    return operator(*arguments)  # type: ignore[no-any-return]
 
 
 def _linear_shape(
-    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, weight_format: int, isa: int = 0
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+    weight_format: int,
+    isa: int = 0,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
@@ -103,17 +125,17 @@ def _linear_shape(
 # The library implements it (csrc/torch_ops.cpp).
 torch.library.define(
     "ipex_vllm::w8a16_linear",
-    "(Tensor x, Tensor packed, Tensor? bias, int out_features, int weight_format, int isa=0) -> Tensor",
+    "(Tensor x, Tensor packed, Tensor? bias, int out_features, int group_size, int weight_format, int isa=0) -> Tensor",
 )
 torch.library.register_fake("ipex_vllm::w8a16_linear", _linear_shape)
 
 
 class W8A16Linear(LowBitLinear):
-    """This package's matmul with 8-bit float weights, a scale per output channel, on float activations."""
+    """This package's matmul with 8-bit float weights, scales in float32, on float activations."""
 
     kernel = "w8a16"
     formats = ("fp8_e4m3", "fp8_e5m2")
-    group_sizes = (None,)
+    group_sizes = (*GROUP_SIZES, None)
     packed: torch.Tensor
 
     @classmethod
@@ -126,4 +148,4 @@ class W8A16Linear(LowBitLinear):
         self.weight_dtype = weight.codes.dtype
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return linear(x, self.packed, bias, self.out_features, self.weight_dtype)
+        return linear(x, self.packed, bias, self.out_features, self.group_size or ROW, self.weight_dtype)

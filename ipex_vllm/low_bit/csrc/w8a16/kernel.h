@@ -39,16 +39,17 @@ void accumulate(const uint8_t *line, int64_t count, const typename V::Value *x, 
         for (int c = 0; c < V::vectors; ++c) V::store_float(totals + r * row_totals + c * V::lanes, total[r][c]);
 }
 
-// The tile's sums for rows [begin, end). A stretch of the weights that fits the first-level cache is used for all
-// rows and slices before the next one is read, so that the weights come from memory once.
+// The sums of one group of the tile's inputs for rows [begin, end). A stretch of the weights that fits the first-level
+// cache is used for all rows and slices before the next one is read, so that the weights come from memory once.
 template <class V, Format E>
-void accumulate_tile(const Weights &w, const Activations &a, int64_t tile, int64_t begin, int64_t end, float *totals) {
-    const auto *x = reinterpret_cast<const typename V::Value *>(a.values);
+void accumulate_group(const Weights &w, const Activations &a, int64_t tile, int64_t group, int64_t begin, int64_t end,
+                      float *totals) {
+    const auto *x = reinterpret_cast<const typename V::Value *>(a.values) + group * w.group;
     const int64_t row_blocks = (end - begin + V::max_rows - 1) / V::max_rows, passes = row_blocks * V::slices;
     const int64_t step = passes == 1 ? w.lines() : kStretchLines;
     for (int64_t i = 0; i < w.lines(); i += step) {
         const int64_t count = w.lines() - i < step ? w.lines() - i : step;
-        const uint8_t *line = w.tile(tile) + kScalesBytes + i * kLineBytes;
+        const uint8_t *line = w.block(tile, group) + kScalesBytes + i * kLineBytes;
         common::Ahead ahead{line + (passes == 1 ? common::kPrefetchBytes : count * kLineBytes),
                             (kLineBytes + passes - 1) / passes};
         common::for_row_blocks(begin, end, row_blocks, [&](int64_t row, int64_t rows) {
@@ -63,13 +64,27 @@ void accumulate_tile(const Weights &w, const Activations &a, int64_t tile, int64
 
 template <class V>
 void multiply(const Weights &w, const Activations &a, const Output &out, int64_t tile, int64_t begin, int64_t end) {
-    alignas(64) float totals[common::kMaxTaskRows * V::parts * kTileOutputs];
-    std::memset(totals, 0, (end - begin) * V::parts * kTileOutputs * sizeof(float));
-    (w.format == kE4M3 ? accumulate_tile<V, kE4M3> : accumulate_tile<V, kE5M2>)(w, a, tile, begin, end, totals);
-    const uint8_t *scales = w.tile(tile);
+    const auto accumulate = w.format == kE4M3 ? accumulate_group<V, kE4M3> : accumulate_group<V, kE5M2>;
+    const int64_t row_totals = V::parts * kTileOutputs, last = w.groups() - 1;
+    alignas(64) float totals[common::kMaxTaskRows * V::parts * kTileOutputs]; // of a group, not scaled yet
+    alignas(64) float sums[common::kMaxTaskRows * kTileOutputs];              // of the groups before the last, scaled
+    const auto scaled = [&](int64_t group, int64_t row, int i, typename V::F sum) {
+        const float *scales = reinterpret_cast<const float *>(w.block(tile, group));
+        return V::fma(V::load_float(scales + i), V::total(totals + (row - begin) * row_totals + V::parts * i), sum);
+    };
+    std::memset(sums, 0, (end - begin) * kTileOutputs * sizeof(float));
+    for (int64_t group = 0; group <= last; ++group) {
+        std::memset(totals, 0, (end - begin) * row_totals * sizeof(float));
+        accumulate(w, a, tile, group, begin, end, totals);
+        if (group == last) break;
+        for (int64_t row = begin; row < end; ++row)
+            for (int i = 0; i < kTileOutputs; i += V::lanes) {
+                float *sum = sums + (row - begin) * kTileOutputs + i;
+                V::store_float(sum, scaled(group, row, i, V::load_float(sum)));
+            }
+    }
     common::write_tile<V>(out, w.outputs, tile, begin, end, [&](int64_t row, int i, typename V::F bias) {
-        const float *sums = totals + V::parts * ((row - begin) * kTileOutputs + i);
-        return V::fma(V::load_float(scales + 4 * i), V::total(sums), bias);
+        return scaled(last, row, i, V::add(V::load_float(sums + (row - begin) * kTileOutputs + i), bias));
     });
 }
 

@@ -22,9 +22,9 @@ int32_t w8a16_isa(int32_t dtype) {
 }
 
 int32_t w8a16_linear(const void *x, const void *packed, const void *bias, void *out, int64_t rows, int64_t outputs,
-                     int64_t inputs, int32_t format, int32_t dtype, int32_t bias_dtype, int32_t isa, int32_t threads) {
+                     int64_t inputs, int64_t group, int32_t format, int32_t dtype, int32_t bias_dtype, int32_t isa, int32_t threads) {
     const Kernel &k = kernel(Isa(isa));
-    const Weights weights{static_cast<const uint8_t *>(packed), outputs, inputs, Format(format)};
+    const Weights weights{static_cast<const uint8_t *>(packed), outputs, inputs, group, Format(format)};
     const Output output{out, DType(dtype), bias, DType(bias_dtype)};
 
     const int64_t stride = common::round_up(inputs, 16) + kRowPadding;
