@@ -132,8 +132,7 @@ def choose_plan(
     model = ModelFacts.read(options.model_path).share_of(demands.num_hosts)
     planner = PLANNERS[options.device]
     chosen = planner.choose(planner.probe(machine), options, model, demands)
-    asked_for = {"serves_openai": options.openai, "max_stream_gap": options.max_stream_gap}
-    plan = replace(chosen, engine_args=engine_args, **asked_for)
+    plan = replace(chosen, engine_args=engine_args, serves_openai=options.openai, max_stream_gap=options.max_stream_gap)
     for line in plan.lines:
         logger.info("%s", line)
     return plan
