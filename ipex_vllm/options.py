@@ -124,6 +124,9 @@ class WorkerOptions:
     low_bit_head: str | None = option(
         'format of the output head beside --low-bit: a name, "same" or "none"; default: 8-bit integers', None
     )
+    low_bit_outer: str | None = option(
+        "format of the first and the last decoder layer beside --low-bit; default: that of the others", None
+    )
     conv_template: str | None = option("FastChat conversation template; default: the model's own chat template", None)
     host: str = option("address to listen on; anything but loopback opens the worker to the network", "127.0.0.1")
     port: int = option("port to listen on", 21002, parse=port_number)

@@ -113,6 +113,15 @@ def test_what_is_saved_says_by_what_recipe(model: Path) -> None:
         assert ("lm_head.weight" in load_file(out / "model.safetensors")) == (head != "same")
 
 
+def test_outer_layers_of_another_format_are_saved_as_such(model: Path) -> None:
+    out = model.parent / "outer"
+    save(str(model), FORMATS["sym_int4"], out, outer="sym_int8")
+    recipe = ours.recipe_of(quantization_of(out))
+    assert (recipe.outer, recipe.num_layers) == (FORMATS["sym_int8"], 1)
+    tensors = load_file(out / "model.safetensors")
+    assert tensors["model.layers.0.mlp.up_proj.weight"].dtype == torch.int8
+
+
 def test_a_checkpoint_saved_before_groups_and_heads_were_recorded_is_what_it_was_then() -> None:
     recipe = ours.recipe_of({"quant_method": "ipex_sym_int4", "ipex_vllm_format": "sym_int4"})
     layer, head = Storage(FORMATS["sym_int4"], 64), recipe.storage("lm_head", 128, is_head=True)
@@ -239,7 +248,7 @@ def test_arguments_for_a_checkpoint_in_full_precision(model: Path) -> None:
     ("low_bit", "head", "device", "message"),
     [
         ("sym_int4", "int3", "cpu", "low-bit format 'int3' is unknown"),
-        ("sym_int4", "bf16", "cpu", "bf16 quantizes nothing: use none"),
+        ("sym_int4", "bf16", "cpu", "bf16 quantizes nothing: the output head cannot have it"),
         ("sym_int4", "sym_int8", "xpu", "sym_int8 has no kernel on XPU, for the output head either"),
         ("bf16", "none", "cpu", "goes with one that quantizes"),
         (None, "none", "cpu", "goes with one that quantizes"),

@@ -64,6 +64,12 @@ def test_the_head_is_stored_as_is_asked_for_and_in_eight_bits_otherwise(head: st
         assert model.model.layers[0].mlp.down_proj.low_bit.format.name == "sym_int4"
 
 
+def test_the_first_and_the_last_layer_are_stored_as_is_asked_for() -> None:
+    model = quantize_model(llama(num_hidden_layers=3), "sym_int4", outer="sym_int8")
+    formats = [layer.self_attn.q_proj.low_bit.format.name for layer in model.model.layers]
+    assert formats == ["sym_int8", "sym_int4", "sym_int8"]
+
+
 def test_a_tied_head_is_quantized_and_its_embedding_is_not() -> None:
     model = quantize_model(llama(tie_word_embeddings=True), "sym_int4")
     assert isinstance(model.lm_head, HfLowBitLinear)

@@ -11,7 +11,7 @@ import torch
 from ipex_vllm.low_bit.formats import FORMATS
 from ipex_vllm.low_bit.layout import to_tensors
 from ipex_vllm.low_bit.quantize import quantize
-from ipex_vllm.low_bit.recipe import Storage, on_load, on_save, summarize_kept
+from ipex_vllm.low_bit.recipe import Storage, count_layers, on_load, on_save, summarize_kept
 from ipex_vllm.low_bit.sizes import loaded_bytes
 
 INT4, INT8, FP8 = FORMATS["sym_int4"], FORMATS["sym_int8"], FORMATS["fp8_e4m3"]
@@ -60,6 +60,18 @@ def test_on_a_gpu_the_head_has_a_format_with_a_kernel_there_or_none_and_the_reas
     )
 
 
+def test_the_first_and_the_last_layer_may_have_a_format_of_their_own() -> None:
+    names = [f"model.layers.{number}.mlp.up_proj" for number in range(12)]
+    recipe = on_load(INT4, outer="sym_int8", num_layers=count_layers([*names, "lm_head"]))
+    stored = [recipe.storage(name, 128) for name in names]
+    assert stored == [Storage(INT8, 32), *[Storage(INT4, 32)] * 10, Storage(INT8, 32)]
+    assert recipe.storage("lm_head", 128, is_head=True) == Storage(INT8, 32)
+    with pytest.raises(ValueError, match="bf16 quantizes nothing: the first and the last layer cannot have it"):
+        on_load(INT4, outer="bf16", num_layers=12)
+    with pytest.raises(ValueError, match="nf4 has no kernel on XPU, for the first and the last layer either"):
+        on_load(INT4, device="xpu", outer="nf4", num_layers=12)
+
+
 def test_what_stays_is_said_in_a_line_for_each_reason() -> None:
     kept = [("a", "too wide"), ("b", "a router"), ("c", "too wide"), ("d", "too wide")]
     assert list(summarize_kept(kept)) == ["not quantized: a and 2 more (too wide)", "not quantized: b (a router)"]
@@ -93,6 +105,12 @@ def test_the_bytes_are_those_of_the_codes_and_scales_and_of_all_that_stays(name:
         if storage.format.bits == 4 and not storage.format.is_packed:
             expected += math.prod(shape) // 2  # packed on disk, a byte each in memory
     assert loaded_bytes(checkpoint(LAYERS), name, head=head) == expected
+
+
+def test_outer_layers_are_counted_as_they_are_stored() -> None:
+    layers = {f"model.layers.{number}.mlp.up_proj.weight": (128, 64) for number in range(3)}
+    inner, outer = (bytes_of((128, 64), Storage(format, 32)) for format in (INT4, INT8))
+    assert loaded_bytes(checkpoint(layers), "sym_int4", outer="sym_int8") == inner + 2 * outer
 
 
 def test_unquantized_a_model_takes_what_its_elements_do() -> None:

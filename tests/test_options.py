@@ -59,6 +59,7 @@ SAMPLES: dict[str, tuple[str, Any, Any]] = {
     "device": ("xpu", "xpu", "xpu"),
     "low_bit": ("sym_int4", "sym_int4", "sym_int4"),
     "low_bit_head": ("none", "none", "none"),
+    "low_bit_outer": ("sym_int8", "sym_int8", "sym_int8"),
     "conv_template": ("zephyr", "zephyr", "zephyr"),
     "host": ("::1", "::1", "::1"),
     "port": ("21003", 21003, 21003),

@@ -74,7 +74,7 @@ class HfEngine(Engine):
         if args.ipex:
             check_for_ipex(options)
             return
-        format = weight_format(options.low_bit, options.low_bit_head)
+        format = weight_format(options)
         if format is not None and options.device != "cpu" and format.kind != "dtype":
             raise OptionError(
                 f"--low-bit {options.low_bit}: on --device {options.device} this worker has bf16, fp16 and fp32"
@@ -198,7 +198,7 @@ def load_model(path: str, plan: Plan) -> Any:
     trust_remote_code = plan.engine_args.trust_remote_code
     if plan.engine_args.ipex:
         return load_with_ipex(path, plan.low_bit, trust_remote_code)
-    format = weight_format(plan.low_bit)
+    format = weight_format(plan)
     dtype: str | None = "auto"
     if format is not None:
         # Low-bit kernels take their activations in bfloat16.
@@ -209,7 +209,7 @@ def load_model(path: str, plan: Plan) -> Any:
     # Transformers fills what is missing with random numbers, and says so in a table.
     check_loaded(path, *loading_report(report))
     if format is not None and format.kind != "dtype":
-        quantize_model(model, format.name, head=plan.low_bit_head)
+        quantize_model(model, format.name, head=plan.low_bit_head, outer=plan.low_bit_outer)
     return model.to(plan.device).eval()
 
 

@@ -34,8 +34,9 @@ def check_for_ipex(options: WorkerOptions) -> None:
     """Raise OptionError for what the extension does not do, and EngineError where it is not installed."""
     if options.device != "cpu":
         raise OptionError(f"--ipex: on --device cpu only, not on {options.device}")
-    if options.low_bit_head is not None:
-        raise OptionError("--low-bit-head: with --ipex the head has the format of the other layers")
+    for flag, wish in (("--low-bit-head", options.low_bit_head), ("--low-bit-outer", options.low_bit_outer)):
+        if wish is not None:
+            raise OptionError(f"{flag}: with --ipex all layers have one format")
     require_ipex()
     if options.low_bit not in (None, *LOW_BIT_FORMATS):
         raise OptionError(f"--low-bit {options.low_bit}: with --ipex there are {', '.join(LOW_BIT_FORMATS)}")

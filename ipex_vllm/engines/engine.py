@@ -39,7 +39,7 @@ class Engine(abc.ABC):
     @classmethod
     def check(cls, options: WorkerOptions, args: argparse.Namespace) -> None:
         """Raise OptionError for options that this engine cannot serve; `args` are its own."""
-        weight_format(options.low_bit, options.low_bit_head, options.device)
+        weight_format(options, options.device)
 
     @classmethod
     def demands(cls, args: argparse.Namespace) -> Demands:

@@ -69,8 +69,9 @@ class IpexLlmEngine(Engine):
     def check(cls, options: WorkerOptions, args: argparse.Namespace) -> None:
         if args.model is not None:
             raise OptionError("--model: the model is given with --model-path")
-        if options.low_bit_head is not None:
-            raise OptionError("--low-bit-head: with --engine ipex-llm the head has the format of the other layers")
+        for flag, wish in (("--low-bit-head", options.low_bit_head), ("--low-bit-outer", options.low_bit_outer)):
+            if wish is not None:
+                raise OptionError(f"{flag}: with --engine ipex-llm all layers have one format")
         formats = [*DTYPE_FORMATS, *DEVICE_FORMATS[options.device]]
         if options.low_bit not in (None, *formats):
             raise OptionError(

@@ -86,7 +86,8 @@ class VllmEngine(Engine):
         if args.model is not None:
             raise OptionError("--model: the model is given with --model-path")
         try:
-            vllm_arguments(options.low_bit, options.model_path, options.device, options.low_bit_head)
+            wishes = (options.low_bit_head, options.low_bit_outer)
+            vllm_arguments(options.low_bit, options.model_path, options.device, *wishes)
         except ValueError as error:
             raise OptionError(f"--low-bit: {error}") from error
 
@@ -246,7 +247,7 @@ def follow(engine_args: Any) -> NoReturn:
 
 def apply_low_bit(args: argparse.Namespace, plan: Plan) -> None:
     """Turn the weights' format into vLLM's own arguments."""
-    chosen = vllm_arguments(plan.low_bit, plan.model_path, plan.device, plan.low_bit_head)
+    chosen = vllm_arguments(plan.low_bit, plan.model_path, plan.device, plan.low_bit_head, plan.low_bit_outer)
     # What the user tells vLLM's plugins stays, beside our wishes.
     args.additional_config = {**args.additional_config, **chosen.pop("additional_config", {})}
     for name, value in chosen.items():

@@ -22,6 +22,7 @@ def run() -> None:
     save.add_argument("--low-bit", required=True, help=f"format: {', '.join(FORMATS)}")
     save.add_argument("--out", required=True, type=Path, help="directory to write, new or empty")
     save.add_argument("--low-bit-head", help='format of the output head: a name, "same" or "none"; default: 8 bits')
+    save.add_argument("--low-bit-outer", help="format of the first and the last layer; default: as the others")
     save.add_argument("--group-size", type=int, help="inputs that share a scale; default: the format's own number")
     save.add_argument(
         "--calibrate",
@@ -53,6 +54,7 @@ def run() -> None:
             options.low_bit_head,
             options.group_size,
             options.calibrate,
+            options.low_bit_outer,
         )
     except ValueError as error:
         raise OneLine(str(error)) from error

@@ -13,7 +13,7 @@ from ipex_vllm.low_bit import importance
 from ipex_vllm.low_bit.formats import resolve
 from ipex_vllm.low_bit.linear import make_linear, summarize
 from ipex_vllm.low_bit.quantize import quantize
-from ipex_vllm.low_bit.recipe import Storage, on_load, summarize_kept
+from ipex_vllm.low_bit.recipe import Storage, count_layers, on_load, summarize_kept
 
 logger = logging.getLogger(__name__)
 
@@ -40,21 +40,23 @@ def quantize_model(
     device: str = "cpu",
     head: str | None = None,
     group_size: int | None = None,
+    outer: str | None = None,
 ) -> nn.Module:
     """Quantize the `nn.Linear`s of `model`, in place, to the format called `format_name`, and return the model.
 
-    Which inputs of a layer matter is measured first (`importance.py`), and rounding follows that.
-    Layers are replaced one at a time, so the peak is one layer above what is there already. Embeddings stay as they
-    are, also where the output head shares their weight. `head` and `group_size` are those of `recipe.on_load`. bf16,
-    fp16 and fp32 only change the model's dtype. The model is moved to `device` first. Raises ValueError for an unknown
-    format, or one without a kernel on `device`.
+    Which inputs of a layer matter is measured first (`importance.py`), and rounding follows that. Layers are replaced
+    one at a time, so the peak is one layer above what is there already. Embeddings stay as they are, also where the
+    output head shares their weight. `head`, `group_size` and `outer` are those of `recipe.on_load`. bf16, fp16 and fp32
+    only change the model's dtype. The model is moved to `device` first. Raises ValueError for an unknown format, or one
+    without a kernel on `device`.
     """
     format = resolve(format_name)
     if format.kind == "dtype":
         return model.to(device, getattr(torch, str(format.dtype)))
     if device != "cpu":
         raise ValueError(f"{format.name} on a Transformers model runs on the CPU only; use bf16 or fp16 on {device}")
-    recipe = on_load(format, head, group_size=group_size)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    recipe = on_load(format, head, group_size=group_size, outer=outer, num_layers=count_layers(names))
     output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     importances = importance.of_model(model)
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]

@@ -21,6 +21,9 @@ INT8 = "sym_int8"
 # than a scale an output channel (docs/low-bit.md), which is what these formats have in a file, for others to open it.
 LOADED_GROUP_SIZES = {INT8: 32, "fp8_e4m3": 64, "fp8_e5m2": 64}
 
+# The number of a decoder layer in the name of one of its parts.
+DECODER_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+
 # The layers that choose a token's experts. They are tiny, and a wrong choice is the largest error that there is.
 ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")
 
@@ -50,6 +53,8 @@ class Recipe:
         head_reason: why it does.
         group_sizes: the inputs that share a scale, by the format's name, where `group_size` does not say it and it is
             not the format's own number.
+        outer: the format of the first and the last decoder layer; None for that of the others.
+        num_layers: the number of decoder layers, of which `outer` needs to know.
         falls_back: whether a layer whose inputs `group_size` does not divide takes a smaller group.
     """
 
@@ -58,13 +63,15 @@ class Recipe:
     head: Format | None = None
     head_reason: str = "left as it is"
     group_sizes: Mapping[str, int] = field(default_factory=dict)
+    outer: Format | None = None
+    num_layers: int = 0
     falls_back: bool = True
 
     def storage(self, name: str, in_features: int, *, is_head: bool = False) -> Storage | str:
         """How the layer called `name`, with `in_features` inputs, is stored, or in words why it stays as it is."""
         if ROUTER.search(name):
             return "a router is not quantized"
-        format = self.head if is_head else self.format
+        format = self.head if is_head else self.outer if self.is_outer(name) else self.format
         if format is None:
             return self.head_reason
         # An 8-bit head beside 4-bit layers has its own default.
@@ -75,8 +82,25 @@ class Recipe:
             return reason
         return Storage(format, fitting_group_size(format, in_features, wanted))
 
+    def is_outer(self, name: str) -> bool:
+        """Whether the layer called `name` is a part of the first or the last decoder layer, and that matters."""
+        found = DECODER_LAYER.search(name) if self.outer is not None else None
+        return found is not None and int(found[1]) in (0, self.num_layers - 1)
 
-def on_load(format: Format, head: str | None = None, device: str = "cpu", group_size: int | None = None) -> Recipe:
+
+def count_layers(names: Iterable[str]) -> int:
+    """How many decoder layers there are, from the names of their parts."""
+    return 1 + max((int(found[1]) for name in names if (found := DECODER_LAYER.search(name))), default=-1)
+
+
+def on_load(
+    format: Format,
+    head: str | None = None,
+    device: str = "cpu",
+    group_size: int | None = None,
+    outer: str | None = None,
+    num_layers: int = 0,
+) -> Recipe:
     """The recipe for quantizing a model to `format`, with the head in the format `head`.
 
     That is a name, "same" for the other layers' or "none" for neither. By default (None) the head has 8 bits, tied to
@@ -84,8 +108,27 @@ def on_load(format: Format, head: str | None = None, device: str = "cpu", group_
     kernel for 8-bit integers; there a format of 8 bits is the head's, too, and beside one of fewer bits the head stays
     as it is.
 
+    The first and the last of `num_layers` decoder layers have the format `outer`, where one is given.
+
     Raises ValueError for an unknown name, or a format without a kernel on `device`.
     """
+    recipe = _with_head(format, head, device, group_size)
+    if outer is None:
+        return recipe
+    return replace(recipe, outer=_kernels_format(outer, device, "the first and the last layer"), num_layers=num_layers)
+
+
+def _kernels_format(name: str, device: str, part: str) -> Format:
+    """The format called `name`, for a part of the model. Raises ValueError where it cannot be that."""
+    format = resolve(name)
+    if format.kind == "dtype":
+        raise ValueError(f"{format.name} quantizes nothing: {part} cannot have it")
+    if device == "xpu" and not format.runs_on_xpu:
+        raise ValueError(f"{format.name} has no kernel on XPU, for {part} either")
+    return format
+
+
+def _with_head(format: Format, head: str | None, device: str, group_size: int | None) -> Recipe:
     if head is None and device == "xpu" and format.bits < 8:
         return Recipe(format, group_size, None, "there is no kernel for 8-bit integers on XPU")
     if head is None:
@@ -93,17 +136,20 @@ def on_load(format: Format, head: str | None = None, device: str = "cpu", group_
     group_sizes = LOADED_GROUP_SIZES if device == "cpu" else {}
     if head == NONE:
         return Recipe(format, group_size, group_sizes=group_sizes)
-    chosen = format if head == SAME else resolve(head)
-    if chosen.kind == "dtype":
-        raise ValueError(f"{chosen.name} quantizes nothing: use {NONE} for an output head that stays as it is")
-    if device == "xpu" and not chosen.runs_on_xpu:
-        raise ValueError(f"{chosen.name} has no kernel on XPU, for the output head either")
+    chosen = format if head == SAME else _kernels_format(head, device, "the output head")
     return Recipe(format, group_size, chosen, group_sizes=group_sizes)
 
 
-def on_save(format: Format, head: str | None = None, group_size: int | None = None) -> Recipe:
+def on_save(
+    format: Format,
+    head: str | None = None,
+    group_size: int | None = None,
+    outer: str | None = None,
+    num_layers: int = 0,
+) -> Recipe:
     """Like `on_load` on a CPU, for a file: its 8-bit formats have a scale an output channel, as others read them."""
-    return replace(on_load(format, head, group_size=group_size), group_sizes={})
+    loaded = on_load(format, head, group_size=group_size, outer=outer, num_layers=num_layers)
+    return replace(loaded, group_sizes={})
 
 
 def summarize_kept(kept: Iterable[tuple[str, str]]) -> Iterator[str]:

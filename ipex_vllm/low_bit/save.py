@@ -20,7 +20,7 @@ from ipex_vllm.low_bit.formats import Format
 from ipex_vllm.low_bit.layout import to_tensors
 from ipex_vllm.low_bit.quantize import quantize
 from ipex_vllm.low_bit.readers import ours, quantized_in
-from ipex_vllm.low_bit.recipe import OWN_TEXT, Recipe, Storage, on_save, summarize_kept
+from ipex_vllm.low_bit.recipe import OWN_TEXT, Recipe, Storage, count_layers, on_save, summarize_kept
 from ipex_vllm.machine.checkpoint import SAFETENSORS_INDEX as INDEX
 from ipex_vllm.machine.checkpoint import header_of, some, weight_files
 
@@ -35,19 +35,20 @@ def save(
     head: str | None = None,
     group_size: int | None = None,
     calibration: Path | Literal["own"] | None = None,
+    outer: str | None = None,
 ) -> None:
     """Quantize the checkpoint at `model_path`, a directory or a Hugging Face name, into the new directory `out`.
 
-    The weights of the linear layers are replaced one by one, so memory holds one file of the result at a time. `head`
-    and `group_size` are those of `recipe.on_save`. With `calibration`, a text or `OWN_TEXT`, rounding goes further
-    (`calibrate.py`), with the whole model in memory. What is stored in sym_int4, sym_int8 and fp8_e4m3 only is marked
-    as compressed-tensors, which vLLM and others open without this package.
+    The weights of the linear layers are replaced one by one, so memory holds one file of the result at a time. `head`,
+    `group_size` and `outer` are those of `recipe.on_save`. With `calibration`, a text or `OWN_TEXT`, rounding goes
+    further (`calibrate.py`), with the whole model in memory. What is stored in sym_int4, sym_int8 and fp8_e4m3 only is
+    marked as compressed-tensors, which vLLM and others open without this package.
     Raises ValueError for a dtype format, a checkpoint that is quantized already, is not complete or has no layer to
     quantize, or an `out` that is not an empty directory; then nothing is left of `out`.
     """
     if format.kind == "dtype":
         raise ValueError(f"{format.name} quantizes nothing; there is nothing to save")
-    recipe = on_save(format, head, group_size)
+    on_save(format, head, group_size, outer)  # which raises
     if (existing := quantized_in(model_path)) is not None:
         raise ValueError(f"{model_path} is already quantized ({existing.description})")
     if out.exists() and not out.is_dir():
@@ -57,6 +58,7 @@ def save(
     source = local_directory(model_path)
     check_checkpoint(source)
     linears = linear_layers(source)
+    recipe = on_save(format, head, group_size, outer, count_layers(linears.shapes))
     stored = {
         name: recipe.storage(name, in_features, is_head=name == linears.head)
         for name, (_, in_features) in linears.shapes.items()

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from ipex_vllm.low_bit.formats import resolve
-from ipex_vllm.low_bit.recipe import Storage, on_load
+from ipex_vllm.low_bit.recipe import Storage, count_layers, on_load
 
 # By Transformers' names, as checkpoints have them. Experts are counted as they are: nothing quantizes them yet.
 EMBEDDING = re.compile(r"(^|[._])(embed\w*|wte|wpe|word_embeddings|shared)\.weight$")
@@ -22,6 +22,7 @@ def loaded_bytes(
     head: str | None = None,
     device: str = "cpu",
     group_size: int | None = None,
+    outer: str | None = None,
     is_tied: bool = False,
     itemsize: int | None = None,
 ) -> int:
@@ -31,7 +32,7 @@ def loaded_bytes(
         tensors: the shape and the bytes of an element of every tensor in the checkpoint, which is in full precision:
             one that is quantized already takes what its files do. The headers of its safetensors files have both.
         format_name: what `--low-bit` says; None for no quantizing.
-        head, device, group_size: as for `recipe.on_load`.
+        head, device, group_size, outer: as for `recipe.on_load`.
         is_tied: whether the output head shares the embedding's weight (`tie_word_embeddings`). Quantized, it is a
             tensor of its own, beside the embedding; a head that the checkpoint has all the same is not loaded.
         itemsize: bytes of an element of what is not quantized, that is, of the served dtype; None for the checkpoint's,
@@ -46,7 +47,7 @@ def loaded_bytes(
         if format.kind == "dtype":
             itemsize = format.bits // 8
         else:
-            recipe = on_load(format, head, device, group_size)
+            recipe = on_load(format, head, device, group_size, outer, count_layers(tensors))
 
     def stays(shape: Sequence[int], item: int) -> int:
         return math.prod(shape) * (itemsize or item)

@@ -47,7 +47,7 @@ class Plan:
         model_path: directory or Hugging Face name.
         names: names that clients may use.
         low_bit: format of the weights, as chosen by the user or for this machine; None for the checkpoint's own.
-        low_bit_head: the output head's, where the user chose one.
+        low_bit_head, low_bit_outer: the output head's and the outer layers', where the user chose them.
         rank_cores: for each rank of tensor and pipeline parallelism, the logical CPUs that compute.
         kv_cache_bytes: KV cache of one rank.
         context: what the context is shortened to, in tokens, where the model's own does not fit; None where it does.
@@ -64,6 +64,7 @@ class Plan:
     device: Device
     low_bit: str | None
     low_bit_head: str | None = None
+    low_bit_outer: str | None = None
     rank_cores: tuple[tuple[int, ...], ...]
     kv_cache_bytes: int
     use_compile: bool
@@ -103,10 +104,10 @@ def context_line(context: int, whole: int, kv_cache_bytes: int) -> str:
     )
 
 
-def weight_format(low_bit: str | None, head: str | None = None, device: Device = "cpu") -> Format | None:
-    """The row of the format table that --low-bit names. Raises OptionError for a wrong name here or for the head."""
+def weight_format(options: WorkerOptions | Plan, device: Device = "cpu") -> Format | None:
+    """The row of the format table that --low-bit names. Raises OptionError for a wrong name there or beside it."""
     try:
-        return choose_format(low_bit, head, device)
+        return choose_format(options.low_bit, options.low_bit_head, device, options.low_bit_outer)
     except ValueError as error:
         raise OptionError(f"--low-bit: {error}") from error
 
@@ -116,14 +117,19 @@ def weight_bytes(model: ModelFacts, options: WorkerOptions) -> int | None:
 
     Raises OptionError for an unknown format.
     """
-    format = weight_format(options.low_bit, options.low_bit_head)
+    format = weight_format(options)
     if model.weight_bytes is None or format is None or model.is_quantized:
         return model.weight_bytes
     if model.tensors:
         # ipex-llm's engine has formats on GPUs that vLLM has no kernel for.
         device = options.device if format.runs_on_xpu else "cpu"
         whole = loaded_bytes(
-            model.tensors, format.name, head=options.low_bit_head, device=device, is_tied=model.is_tied
+            model.tensors,
+            format.name,
+            head=options.low_bit_head,
+            device=device,
+            outer=options.low_bit_outer,
+            is_tied=model.is_tied,
         )
         return whole // model.num_hosts
     if format.kind == "dtype":

@@ -17,9 +17,10 @@ from ipex_vllm.machine.checkpoint import weight_files
 
 # The entry of config.json's `quantization_config` that marks a checkpoint as written here.
 MARK = "ipex_vllm_format"
-# Beside it, the two other parts of the recipe: a number (absent: 64, and no layer fell back to less) and a format's
-# name or "none" (absent: the format of the other layers).
+# Beside it, the other parts of the recipe: a number (absent: 64, and no layer fell back to less), a format's name or
+# "none" (absent: the format of the other layers), and where the outer layers have their own, that and their number.
 GROUP_SIZE, HEAD = "ipex_vllm_group_size", "ipex_vllm_head"
+OUTER, NUM_LAYERS = "ipex_vllm_outer", "ipex_vllm_num_layers"
 
 
 def recognises(model_path: str, config: dict[str, Any]) -> ExistingQuantization | None:
@@ -32,7 +33,8 @@ def mark(recipe: Recipe) -> dict[str, Any]:
     """The entries of `quantization_config` that say how a checkpoint was written."""
     format, head = recipe.format, recipe.head
     group_size = format.group_size if recipe.group_size is None else recipe.group_size
-    return {MARK: format.name, GROUP_SIZE: group_size or 0, HEAD: head.name if head is not None else NONE}
+    entries = {MARK: format.name, GROUP_SIZE: group_size or 0, HEAD: head.name if head is not None else NONE}
+    return entries | ({OUTER: recipe.outer.name, NUM_LAYERS: recipe.num_layers} if recipe.outer is not None else {})
 
 
 def recipe_of(quantization: dict[str, Any]) -> Recipe:
@@ -43,6 +45,8 @@ def recipe_of(quantization: dict[str, Any]) -> Recipe:
         format,
         quantization.get(GROUP_SIZE, 64 if format.bits < 8 else 0),
         None if head == NONE else resolve(head),
+        outer=resolve(quantization[OUTER]) if OUTER in quantization else None,
+        num_layers=quantization.get(NUM_LAYERS, 0),
         falls_back=GROUP_SIZE in quantization,
     )
 

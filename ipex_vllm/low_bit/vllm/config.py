@@ -105,9 +105,11 @@ class LowBitConfig(QuantizationConfig):  # type: ignore[misc]
 
 def recipe_on_load(format: Format) -> Recipe:
     """The recipe for the model being built, with the wishes in vLLM's `additional_config`."""
-    wishes = get_current_vllm_config().additional_config
-    wishes = wishes if isinstance(wishes, dict) else {}
-    return on_load(format, wishes.get(ours.HEAD), current_platform.device_type, wishes.get(ours.GROUP_SIZE))
+    config = get_current_vllm_config()
+    wishes = config.additional_config if isinstance(config.additional_config, dict) else {}
+    head, group_size, outer = (wishes.get(name) for name in (ours.HEAD, ours.GROUP_SIZE, ours.OUTER))
+    num_layers = 0 if outer is None else config.model_config.hf_text_config.num_hidden_layers
+    return on_load(format, head, current_platform.device_type, group_size, outer, num_layers)
 
 
 def _config_class(format: Format) -> type[LowBitConfig]:
