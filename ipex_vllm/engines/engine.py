@@ -57,6 +57,11 @@ class Engine(abc.ABC):
         """The most tokens that prompt and completion may have together."""
 
     @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names under which the model answers with an adapter (LoRA); they may come and go."""
+        return ()
+
+    @property
     @abc.abstractmethod
     def tokenizer(self) -> Any:
         """The Hugging Face tokenizer of the model."""

@@ -51,6 +51,7 @@ class Generation:
         logprobs: how many of the likeliest tokens to report in each place, beside the one taken; None for no report.
         prompt_logprobs: report on the prompt's tokens too.
         n: how many choices.
+        model: one of the engine's adapters; any other name, and none, is the model as it is.
     """
 
     prompt: str
@@ -69,6 +70,7 @@ class Generation:
     prompt_logprobs: bool = False
     n: int = 1
     seed: int | None = None
+    model: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

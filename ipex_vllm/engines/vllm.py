@@ -56,6 +56,7 @@ class VllmEngine(Engine):
         self._llm = llm
         self._args = args
         self._tasks: tuple[str, ...] = ()  # what the model is for, in vLLM's words
+        self._models: Any = None  # of vLLM's application, which loads adapters
         self._statistics: asyncio.Task[None] | None = None
         self._encoder = PromptEncoder(self.tokenizer, self.context_length)
 
@@ -85,6 +86,10 @@ class VllmEngine(Engine):
     def check(cls, options: WorkerOptions, args: argparse.Namespace) -> None:
         if args.model is not None:
             raise OptionError("--model: the model is given with --model-path")
+        if args.lora_modules and not args.enable_lora:
+            raise OptionError("--lora-modules asks for --enable-lora")
+        if args.enable_lora and not options.openai:
+            raise OptionError("--enable-lora: adapters belong to the OpenAI API: leave --no-openai out")
         try:
             wishes = (options.low_bit_head, options.low_bit_outer)
             vllm_arguments(options.low_bit, options.model_path, options.device, *wishes)
@@ -99,6 +104,7 @@ class VllmEngine(Engine):
             num_stages=args.pipeline_parallel_size,
             dtype=None if args.dtype == "auto" else args.dtype,
             max_model_len=None if args.max_model_len == FITTED_CONTEXT else args.max_model_len,
+            has_adapters=args.enable_lora,
             reads_checkpoint=args.load_format in CHECKPOINT_FORMATS,
         )
 
@@ -146,6 +152,10 @@ class VllmEngine(Engine):
         return int(self._llm.model_config.max_model_len)
 
     @property
+    def adapters(self) -> tuple[str, ...]:
+        return () if self._models is None else tuple(self._models.lora_requests)
+
+    @property
     def tokenizer(self) -> Any:
         return self._llm.get_tokenizer()
 
@@ -162,7 +172,8 @@ class VllmEngine(Engine):
         reader = OutputReader(generation, token_ids, self.tokenizer)
         try:
             params = sampling_params(generation, self.context_length - len(token_ids))
-            outputs = self._llm.generate(tokens_input(token_ids), params, request_id)
+            adapter = None if self._models is None else self._models.lora_requests.get(generation.model)
+            outputs = self._llm.generate(tokens_input(token_ids), params, request_id, lora_request=adapter)
             async with contextlib.aclosing(outputs):  # closing it aborts the request
                 async for output in outputs:
                     for delta in reader.deltas(output):
@@ -207,6 +218,7 @@ class VllmEngine(Engine):
 
     async def openai_application(self) -> ASGIApp:
         application, self._statistics = await vllm_openai.make_application(self._llm, self._args)
+        self._models = application.state.openai_serving_models
         return application
 
     async def wait_dead(self) -> str:

@@ -15,10 +15,10 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import fields
 from typing import Any
 
+from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp
 
 from ipex_vllm.engines.bounds import check_logprobs, check_stops
 from ipex_vllm.engines.generation import InternalError, InvalidParameter
@@ -107,7 +107,7 @@ def apply_parsers(args: argparse.Namespace, model_path: str) -> None:
     logger.info("parsers: %s", chosen)
 
 
-async def make_application(llm: Any, args: argparse.Namespace) -> tuple[ASGIApp, asyncio.Task[None]]:
+async def make_application(llm: Any, args: argparse.Namespace) -> tuple[FastAPI, asyncio.Task[None]]:
     """The application, and the task that logs vLLM's statistics, to be cancelled. Raises EngineError."""
     from vllm import envs
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state

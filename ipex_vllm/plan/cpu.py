@@ -106,7 +106,7 @@ def make_plan(machine: MachineFacts, options: WorkerOptions, model: ModelFacts, 
     kv_cache_bytes, kv_reason, context = _choose_kv_cache(machine, options, model, rank_cores, demands)
     whole = wanted_context(model, demands)
     is_short = context is not None and context < whole
-    use_compile, compile_reason = _choose_compile(options, model, demands.num_stages)
+    use_compile, compile_reason = _choose_compile(options, model, demands)
     shown_cores = " | ".join(",".join(map(str, cores)) for cores in rank_cores)
     return Plan(
         model_path=options.model_path,
@@ -245,10 +245,12 @@ def _choose_kv_cache(
     return size // num_ranks, reason, context
 
 
-def _choose_compile(options: WorkerOptions, model: ModelFacts, num_stages: int) -> tuple[bool, str]:
+def _choose_compile(options: WorkerOptions, model: ModelFacts, demands: Demands) -> tuple[bool, str]:
+    if demands.has_adapters:
+        return False, "vLLM compiles nothing beside LoRA adapters"
     if options.compile is not None:
         return options.compile, "chosen with --compile" if options.compile else "chosen with --no-compile"
-    if num_stages > 1:
+    if demands.num_stages > 1:
         return True, "vLLM's pipeline does not run eagerly on a CPU"
     if model.weight_bytes is not None and model.weight_bytes < MIN_WEIGHT_BYTES_TO_COMPILE:
         return False, f"{model.weight_bytes / (1 << 20):.0f} MiB of weights do not earn back the minute it takes"

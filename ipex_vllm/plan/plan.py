@@ -28,6 +28,7 @@ class Demands:
         num_stages: the pipeline's length, over all hosts.
         dtype: what the user told the engine itself to compute in, by PyTorch's name; None leaves it open.
         max_model_len: the context that the user asked for, in tokens; None for the model's own, as far as it fits.
+        has_adapters: LoRA adapters, with which nothing is compiled.
         reads_checkpoint: the weights come from the model directory's safetensors or PyTorch files.
     """
 
@@ -36,6 +37,7 @@ class Demands:
     num_stages: int = 1
     dtype: str | None = None
     max_model_len: int | None = None
+    has_adapters: bool = False
     reads_checkpoint: bool = True
 
 

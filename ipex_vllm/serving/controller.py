@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ logger = logging.getLogger(__name__)
 # FastChat's own variable; its controller forgets a worker after 90 s of silence.
 HEARTBEAT_INTERVAL_S = float(os.environ.get("FASTCHAT_WORKER_HEART_BEAT_INTERVAL", 45))
 RETRY_INTERVAL_S = 5.0
+MODELS_INTERVAL_S = 1.0  # between looks at the models' names: adapters come and go
 REQUEST_TIMEOUT_S = 5.0
 LEAVE_TIMEOUT_S = 20.0  # a refresh polls every worker in turn, 5 s each at most
 
@@ -44,6 +46,7 @@ class ControllerClient:
         self._heartbeat_interval_s = heartbeat_interval_s
         self._retry_interval_s = retry_interval_s
         self._is_reachable = True
+        self._registered_models: list[str] = []
         self.is_registered = False
 
     async def run(self) -> None:
@@ -54,7 +57,16 @@ class ControllerClient:
             elif not await self._heartbeat():
                 self.is_registered = False
                 continue
-            await asyncio.sleep(self._heartbeat_interval_s if self.is_registered else self._retry_interval_s)
+            await self._wait(self._heartbeat_interval_s if self.is_registered else self._retry_interval_s)
+
+    async def _wait(self, seconds: float) -> None:
+        """Wait so long, or until the worker has other models than it registered: heartbeats do not tell them."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            await asyncio.sleep(min(left, MODELS_INTERVAL_S))
+            if self.is_registered and self._get_status()["model_names"] != self._registered_models:
+                self.is_registered = False
+                return
 
     async def leave(self) -> None:
         """Make the controller forget this worker at once.
@@ -68,15 +80,17 @@ class ControllerClient:
             logger.info("Left the controller at %s", self._controller_address)
 
     async def _register(self) -> bool:
+        status = self._get_status()
         payload = {
             "worker_name": self._worker_address,
             "check_heart_beat": True,
-            "worker_status": self._get_status(),
+            "worker_status": status,
             "multimodal": False,
         }
         # The controller answers 200 whatever comes of it; the heartbeat tells whether it knows the worker.
         if await self._post("/register_worker", payload) is None or not await self._heartbeat():
             return False
+        self._registered_models = status["model_names"]
         logger.info("Registered %s with the controller at %s", self._worker_address, self._controller_address)
         return True
 

@@ -151,11 +151,16 @@ class Core:
 
     def __init__(self, engine: Engine, names: tuple[str, ...], slots: Slots, log_prompts: bool = False) -> None:
         self.engine = engine
-        self.names = names
+        self._names = names
         self.slots = slots
         self.tally = Tally()
         self.is_registered: Callable[[], bool] = lambda: True  # the worker knows, where there is a controller
         self._log_prompts = log_prompts
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The model's, and its adapters'."""
+        return (*self._names, *self.engine.adapters)
 
     def is_ready(self) -> bool:
         """Registered and taking requests; the model is loaded before there is a core."""

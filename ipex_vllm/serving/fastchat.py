@@ -185,7 +185,7 @@ class FastChatServer:
         try:
             with self.core.recorded(request_id) as record:
                 request = GenerateRequest.parse(body)
-                self.core.check_model(request.model)
+                self.core.check_model(request.generation.model)
                 transcript = Transcript(request)
                 next_frame_at = 0.0
                 generation = as_templated(request.generation, self.chat_format)

@@ -35,7 +35,6 @@ class GenerateRequest:
     """A body of /worker_generate or /worker_generate_stream, checked: what to generate, and FastChat's own fields."""
 
     generation: Generation
-    model: str | None = None
     echo: bool = True
 
     @classmethod
@@ -72,9 +71,10 @@ class GenerateRequest:
             logprobs=logprobs,
             prompt_logprobs=echo and logprobs is not None,
             n=n,
+            model=read.optional_text("model"),
             seed=read.optional_number("seed", int, minimum=-(2**63), maximum=2**63 - 1),
         )
-        return cls(generation, read.optional_text("model"), echo)
+        return cls(generation, echo)
 
 
 @dataclass(frozen=True, slots=True)

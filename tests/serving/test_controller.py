@@ -87,7 +87,7 @@ async def test_the_controller_may_come_late_and_go_and_return(
 async def test_a_worker_leaves_at_once(controller: ControllerProcess) -> None:
     await controller.start()
     leaving, staying = make_server(FakeEngine()), make_server(FakeEngine())
-    staying.core.names = ("other-model",)
+    staying.core._names = ("other-model",)
     with serving(leaving) as url, serving(staying) as other_url:
         client = ControllerClient(controller.url, url, leaving.status)
         async with running(ControllerClient(controller.url, other_url, staying.status)):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
@@ -89,6 +90,8 @@ class LowBitMethod(LinearMethodBase):  # type: ignore[misc]
         self.prefix = prefix
         self.importance = importance  # of all inputs of the layer, whatever part of them this rank has
         self.embedding_layer: Any = None
+        config = get_current_vllm_config_or_none()
+        self.has_adapters = config is not None and config.lora_config is not None
 
     def create_weights(
         self,
@@ -163,6 +166,9 @@ class LowBitMethod(LinearMethodBase):  # type: ignore[misc]
             weight = self.quantized_weight(layer)
             self.drop_parameters(layer)
         layer.low_bit = make_linear(weight, layer.low_bit_dtype)
+        if self.has_adapters:
+            # An adapter's layer (LoRA) asks the one that it wraps for the device and the dtype of its weight.
+            layer.weight = torch.empty(0, dtype=layer.low_bit_dtype, device=weight.codes.device)
         self.progress.finish_layer(layer.low_bit)
 
     def quantize(self, weight: torch.Tensor) -> QuantizedWeight:
