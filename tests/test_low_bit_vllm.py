@@ -106,7 +106,7 @@ def results(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         "sym_int4": {**llama, **int4},
         "sym_int4 float32": {**llama, **int4, "dtype": "float32"},
         "sym_int4, head left as it is": {**llama, **int4, "additional_config": {"ipex_vllm_head": "none"}},
-        "sym_int4, outer layers in 8 bits": {**llama, **int4, "additional_config": {"ipex_vllm_outer": "sym_int8"}},
+        "sym_int4, outer layers apart": {**llama, **int4, "additional_config": {"ipex_vllm_outer": "asym_int4"}},
         "sym_int4, groups of 64": {**llama, **int4, "additional_config": {"ipex_vllm_group_size": 64}},
         "sym_int4 compiled": {**llama, **int4, "enforce_eager": False},
         "sym_int4 saved": saved_int4,
@@ -253,11 +253,11 @@ def test_the_head_may_stay_as_it_is(models: dict[str, Path], results: dict[str, 
     assert "not quantized: lm_head (left as it is)" in run.log
 
 
-def test_the_outer_layers_may_have_more_bits(models: dict[str, Path], results: dict[str, Result]) -> None:
-    run = results["sym_int4, outer layers in 8 bits"]
-    recipe = on_load(FORMATS["sym_int4"], outer="sym_int8", num_layers=SHAPE["num_hidden_layers"])
+def test_the_outer_layers_may_have_a_format_of_their_own(models: dict[str, Path], results: dict[str, Result]) -> None:
+    run = results["sym_int4, outer layers apart"]  # both layers that there are
+    recipe = on_load(FORMATS["sym_int4"], outer="asym_int4", num_layers=SHAPE["num_hidden_layers"])
     assert_close(run.logprobs, quantized(models["llama"], "sym_int4", recipe=recipe), models["llama"])
-    assert "sym_int8: " in run.log
+    assert f"asym_int4: {LINEARS} layers use the kernel w4a8" in run.log
 
 
 def test_the_group_size_may_be_chosen(models: dict[str, Path], results: dict[str, Result]) -> None:
