@@ -21,7 +21,7 @@ from tests.support import FakeEngine, free_port, serving
 
 CHATML = {
     "name": "chat_template",
-    "system_template": "<system>{system_message}</system>",
+    "system_template": "{system_message}",
     "system_message": "",
     "roles": ["<user>", "<reply>"],
     "messages": [],
@@ -54,7 +54,7 @@ class ModelsAskedFor(Core):
 
 @pytest.fixture(scope="module")
 def stack(engine: FakeEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    server = FastChatServer(ModelsAskedFor(engine, NAMES, Slots(8, 8)), ChatFormat(CHATML, "<system></system>", ""))
+    server = FastChatServer(ModelsAskedFor(engine, NAMES, Slots(8, 8)), ChatFormat(CHATML))
     with fastchat_stack(tmp_path_factory.mktemp("service"), server) as stack:
         yield stack
 
@@ -161,9 +161,9 @@ def test_commands(open_chat: Open, stack: Stack, engine: FakeEngine) -> None:
         chat.sendline(line)
         chat.expect_exact(answer)
     assert [request.prompt for request in engine.seen] == [
-        "<system>Be brief.</system><user>One?</user><reply>",
-        "<system>Be brief.</system><user>Two?</user><reply>",
-        "<system>Be long.</system><user>Three?</user><reply>",
+        "Be brief.<user>One?</user><reply>",
+        "Be brief.<user>Two?</user><reply>",
+        "Be long.<user>Three?</user><reply>",
     ]
     assert {(r.temperature, r.max_new_tokens) for r in engine.seen} == {(0.2, 1)}
     assert ModelsAskedFor.asked == ["first-model"] * 3

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -13,23 +14,34 @@ from starlette.types import Message, Receive, Scope, Send
 
 from ipex_vllm.fastchat_api import Guard
 from ipex_vllm.serving import events, fastchat
-from ipex_vllm.serving.conversation import ChatFormat
+from ipex_vllm.serving.chat_template import ChatTemplate
+from ipex_vllm.serving.conversation import NOTATION, ChatFormat, as_json
 from ipex_vllm.serving.core import Core
 from ipex_vllm.serving.fastchat import FastChatServer
 from ipex_vllm.serving.slots import Slots
 from tests.processes import Stack, fastchat_stack
 from tests.support import FakeEngine
-from tests.test_chat import CHATML
 
 ENGINE = FakeEngine(context_length=100_000)
 USER = {"role": "user", "content": "Hi"}
+
+
+class TakesTurns(ChatTemplate):
+    """A model's chat template that refuses two users in a row."""
+
+    def prompt(self, dialogue: Sequence[dict[str, str]]) -> str:
+        roles = [message["role"] for message in dialogue if message["role"] != "system"]
+        if any(role == next_role for role, next_role in pairwise(roles)):
+            raise ValueError("Conversation roles must alternate")
+        return "".join(f"<{message['role']}>{message['content']}" for message in dialogue)
 
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("stack")
     core = Core(ENGINE, ("fake-model",), Slots(100, 100))
-    with fastchat_stack(folder, FastChatServer(core, ChatFormat(CHATML)), FASTCHAT_WORKER_API_TIMEOUT="1") as running:
+    server = FastChatServer(core, ChatFormat(as_json(NOTATION), TakesTurns(None)))
+    with fastchat_stack(folder, server, FASTCHAT_WORKER_API_TIMEOUT="1") as running:
         yield running
 
 
@@ -59,6 +71,16 @@ def test_parts_of_a_message_are_joined_whoever_speaks(stack: Stack) -> None:
         return [{"type": "text", "text": text} for text in texts]
 
     assert prompt(parts("Be", "kind."), parts("one", "two"), parts("three")) == prompt("Be\nkind.", "one\ntwo", "three")
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_a_dialogue_that_the_chat_template_refuses_is_told(stack: Stack, is_streamed: bool) -> None:
+    answer = chat(stack, messages=[USER, {"role": "assistant", "content": "Hello"}, {**USER, "content": "Go on"}])
+    assert answer.status_code == 200
+    assert ENGINE.seen[-1].prompt == "<user>Hi<assistant>Hello<user>Go on"
+    answer = chat(stack, messages=[USER, {"role": "assistant", "content": "A"}] + [USER] * 2, stream=is_streamed)
+    assert "The model's chat template refuses this dialogue: Conversation roles must alternate" in answer.text
+    assert answer.status_code == (200 if is_streamed else 400)
 
 
 def test_what_clients_send_along_passes(stack: Stack) -> None:

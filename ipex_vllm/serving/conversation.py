@@ -1,85 +1,105 @@
-"""The model's chat format as a FastChat `Conversation`.
+"""The model's chat format, for FastChat's clients.
 
-FastChat's clients ask a worker for its conversation template and render prompts themselves. A Hugging Face model has
-a Jinja chat template instead. It is translated by probing: dialogues of marker words are rendered, the text between
-the markers gives the pieces of a `Conversation`, and the result counts only if it renders further dialogues to the
-same text as the chat template does.
+FastChat's clients ask a worker for its conversation template and render prompts themselves; a Hugging Face model has a
+Jinja chat template instead, which can trim, leave thoughts out of earlier replies, or write the last turn otherwise: no
+`Conversation` can say that. So the `Conversation` of a model with a template of its own is a notation: it writes each
+message between control characters, and the worker reads the dialogue back from such a prompt and lets the model's
+template render it. A prompt that is not in the notation is taken as it is.
 
-A `Conversation` cannot say everything: it always writes the system block, and it opens earlier replies exactly as it
-opens the one to come. `ChatFormat.normalize` puts both right in the prompts that clients send.
-
-Where the model's template has no place for a system message (Gemma), it goes to the start of the first user turn.
-Where the template puts it elsewhere (the last user turn, for some Mistral models), dialogues of several turns with a
-system message are rendered a little differently, with a warning at the start.
+What FastChat's protocol carries is texts of users and replies, and one system message. Where the model's template has
+no place for that one (Gemma 2), it opens the first user turn.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastchat.conversation import Conversation, SeparatorStyle, conv_templates, get_conv_template
 
-from ipex_vllm.errors import OptionError
+from ipex_vllm.engines.generation import InvalidParameter
+from ipex_vllm.errors import EngineError, OptionError
+from ipex_vllm.serving import template_trial
+from ipex_vllm.serving.chat_template import TRIALS, ChatTemplate, Message
 
 logger = logging.getLogger(__name__)
 
-Message = dict[str, str]
-
-# Letters only, so that no template trims or reformats them.
-SYSTEM, USER, REPLY, USER_2 = "Qsystemq", "Quserq", "Qreplyq", "Qagainq"
 FALLBACK_TEMPLATE = "one_shot"
 # The others stand for chat services, which take no prompt.
 PROMPT_TEMPLATES = {name for name, template in conv_templates.items() if template.sep_style is not None}
 
+# The notation. FastChat writes role + message + CLOSE, and the role alone for an empty message.
+OPEN, ROLE_END, CLOSE, NO_SYSTEM = "\x1d", "\x1f", "\x1e", "\x1a"
+SYSTEM_START, USER_START, REPLY_START = (f"{OPEN}{role}{ROLE_END}" for role in ("system", "user", "assistant"))
+MESSAGE_START = re.compile(f"{OPEN}(system|user|assistant){ROLE_END}")
+NOTATION = Conversation(
+    name="chat_template",
+    system_template=f"{SYSTEM_START}{{system_message}}{CLOSE}",
+    system_message=NO_SYSTEM,
+    roles=(USER_START, REPLY_START),
+    sep_style=SeparatorStyle.NO_COLON_SINGLE,
+    sep=CLOSE,
+)
+
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """A conversation template in FastChat's JSON form, and how to mend what that form cannot say.
+    """A conversation template in FastChat's JSON form, and what turns its prompts into the model's.
 
     Attributes:
         conversation: what /worker_get_conv_template answers.
-        empty_system: the start of a prompt rendered with an empty system message ...
-        no_system: ... and what the model's own template has there.
-        reply_start: what the model's own template writes before an earlier reply, where that is not roles[1], which
-            stands before the reply to come.
+        template: the model's own, where `conversation` is the notation.
         source: where the template came from, for the log.
     """
 
     conversation: dict[str, Any]
-    empty_system: str = ""
-    no_system: str = ""
-    reply_start: str = ""
+    template: ChatTemplate | None = None
     source: str = ""
 
     def normalize(self, prompt: str) -> str:
-        """Return a client's `prompt` as the model's own template would have written it."""
-        if self.empty_system and prompt.startswith(self.empty_system):
-            prompt = self.no_system + prompt.removeprefix(self.empty_system)
-        if self.reply_start:
-            next_reply = self.conversation["roles"][1]
-            is_right = re.escape(self.reply_start.removeprefix(next_reply))  # as in a prompt that needs no mending
-            keep = rf"(?!\Z|{is_right})" if self.reply_start.startswith(next_reply) else r"(?!\Z)"
-            prompt = re.sub(re.escape(next_reply) + keep, lambda _: self.reply_start, prompt)
-        return prompt
+        """Return a client's `prompt` as the model's own template writes it. Raises InvalidParameter if that refuses."""
+        if self.template is None or not MESSAGE_START.match(prompt):
+            return prompt
+        try:
+            return self.template.prompt(read_dialogue(prompt))
+        except ValueError as error:
+            raise InvalidParameter(f"The model's chat template refuses this dialogue: {str(error)[:200]}") from error
+
+
+def read_dialogue(prompt: str) -> list[Message]:
+    """The dialogue that a prompt in the notation holds, without the reply to come."""
+    pieces = MESSAGE_START.split(prompt)[1:]
+    messages = [
+        {"role": role, "content": content.removesuffix(CLOSE)}
+        for role, content in zip(pieces[::2], pieces[1::2], strict=True)
+    ]
+    if messages[-1] == {"role": "assistant", "content": ""}:
+        messages.pop()
+    return [message for message in messages if message != {"role": "system", "content": NO_SYSTEM}]
 
 
 def choose_chat_format(tokenizer: Any, model_path: str, template_name: str | None) -> ChatFormat:
     """Take the template that was asked for, or else the model's own, or else FastChat's for the model's name.
 
-    Raises OptionError for a name that FastChat does not know.
+    Raises OptionError for a name that FastChat does not know, and EngineError for a template of the model's that does
+    not end, whether or not it would be taken: other protocols render it too.
     """
+    own_template = getattr(tokenizer, "chat_template", None)
+    if own_template:
+        check_ends(own_template, tokenizer.special_tokens_map)
     if template_name is not None:
         check_template_name(template_name)
         return ChatFormat(as_json(get_conv_template(template_name)), source="--conv-template")
-    if getattr(tokenizer, "chat_template", None):
-        chat_format = translate(tokenizer)
-        if chat_format is not None:
-            return chat_format
-        logger.warning("The model's chat template fits no FastChat conversation style")
+    if own_template:
+        try:
+            return own_format(tokenizer, model_path)
+        except ValueError as error:
+            logger.warning("The model's chat template cannot be used: %s", error)
     known = match_registry(model_path)
     if known is not None:
         return ChatFormat(
@@ -91,6 +111,39 @@ def choose_chat_format(tokenizer: Any, model_path: str, template_name: str | Non
         FALLBACK_TEMPLATE,
     )
     return ChatFormat(as_json(get_conv_template(FALLBACK_TEMPLATE)), source="nothing better known")
+
+
+def check_ends(template: str | dict[str, str], special_tokens: Mapping[str, Any]) -> None:
+    """Raise EngineError for a chat template, or one of several by name, that does not end."""
+    for each in template.values() if isinstance(template, dict) else (template,):
+        if not template_trial.ends(each, special_tokens, TRIALS):
+            raise EngineError(
+                f"the model's chat template did not end within {template_trial.CPU_LIMIT_S} s of processor time and "
+                f"{template_trial.MEMORY_LIMIT_BYTES >> 20} MiB for a short dialogue: mend it, or take it out of the "
+                "model's directory (chat_template.jinja, or chat_template in tokenizer_config.json)"
+            )
+
+
+def own_format(tokenizer: Any, model_path: str = "") -> ChatFormat:
+    """The format of a tokenizer's own chat template. Raises ValueError, which says what is wrong with the template."""
+    template = ChatTemplate.of(tokenizer)
+    conversation = as_json(NOTATION)
+    conversation["stop_token_ids"] = template.end_tokens(generation_eos(model_path))
+    system = "one system message" if template.takes_system else "one system message, which opens the first user turn"
+    return ChatFormat(
+        conversation,
+        template,
+        f"the model's chat template renders every dialogue; FastChat carries texts and {system}, OpenAI's /v1 the rest",
+    )
+
+
+def generation_eos(model_path: str) -> list[int]:
+    """The tokens that end a text by a model directory's generation configuration."""
+    try:
+        found = json.loads((Path(model_path) / "generation_config.json").read_text())["eos_token_id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [token_id for token_id in (found if isinstance(found, list) else [found]) if type(token_id) is int]
 
 
 def check_template_name(name: str) -> None:
@@ -125,71 +178,6 @@ def as_json(conversation: Conversation) -> dict[str, Any]:
     }
 
 
-def translate(tokenizer: Any) -> ChatFormat | None:
-    """Translate the tokenizer's chat template; None when FastChat cannot render its plain dialogues."""
-    rendered = Renderer(tokenizer)
-    try:
-        chat_format = _probe(rendered)
-        is_faithful = all(rendered.agrees(chat_format, dialogue) for dialogue in PLAIN_DIALOGUES)
-        is_exact = not rendered.takes_system or all(
-            rendered.agrees(chat_format, dialogue) for dialogue in SYSTEM_DIALOGUES
-        )
-    except ValueError as error:
-        logger.warning("The chat template cannot be probed: %s", error)
-        return None
-    if not is_faithful:
-        return None
-    if not rendered.takes_system:
-        logger.info("The chat template takes no system message: it will open the first user turn")
-    elif not is_exact:
-        logger.warning("Chats with a system message are rendered a little differently from the model's chat template")
-    return chat_format
-
-
-def _messages(*contents: str, system: str | None = None) -> list[Message]:
-    roles = ("user", "assistant")
-    dialogue = [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
-    return dialogue if system is None else [{"role": "system", "content": system}, *dialogue]
-
-
-PLAIN_DIALOGUES = (
-    _messages("Hello."),
-    _messages("What is 2 + 2?", "4.", "And times 3?"),
-    _messages("Line one\nline two", "A {curly} answer", "Why?", "Because.", "I see"),
-)
-SYSTEM_DIALOGUES = tuple(
-    [{"role": "system", "content": "Answer in {one} word."}, *dialogue] for dialogue in PLAIN_DIALOGUES
-)
-
-
-@dataclass
-class Renderer:
-    """Renders dialogues both ways."""
-
-    tokenizer: Any
-    takes_system: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        try:
-            self.takes_system = SYSTEM in self(_messages(USER, system=SYSTEM))
-        except ValueError:  # some templates refuse the role
-            self.takes_system = False
-
-    def __call__(self, dialogue: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """The chat template's text. Raises ValueError where the template does."""
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                list(dialogue), tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # Jinja's own errors, and whatever a template's raise_exception is made of
-            raise ValueError(str(error)) from error
-        return text
-
-    def agrees(self, chat_format: ChatFormat, dialogue: Sequence[Message]) -> bool:
-        """Whether a client that uses `chat_format` sends the model what its chat template writes."""
-        return chat_format.normalize(render_conversation(chat_format.conversation, dialogue)) == self(dialogue)
-
-
 def render_conversation(conversation: dict[str, Any], dialogue: Sequence[Message]) -> str:
     """Render as FastChat's API server does."""
     copy = Conversation(**{**conversation, "sep_style": SeparatorStyle(conversation["sep_style"]), "messages": []})
@@ -201,93 +189,3 @@ def render_conversation(conversation: dict[str, Any], dialogue: Sequence[Message
     copy.append_message(copy.roles[1], None)
     prompt: str = copy.get_prompt()
     return prompt
-
-
-def _probe(rendered: Renderer) -> ChatFormat:
-    """Read the pieces of FastChat's NO_COLON_TWO style off the rendered markers.
-
-    That style writes the system prompt, then role + message + separator, each role with its own separator. Raises
-    ValueError for a template that writes something else.
-    """
-    head, next_reply = _split(rendered(_messages(USER)), USER)
-    head_of_two, rest = _split(rendered(_messages(USER, REPLY, USER_2)), USER)
-    past_reply, rest = _split(rest, REPLY)
-    next_turn, second_reply = _split(rest, USER_2)
-    if head != head_of_two or next_reply != second_reply:
-        raise ValueError("its turns are not written alike")
-    system_head = f"{head}{SYSTEM}\n\n"
-    if rendered.takes_system:
-        system_head, _ = _split(rendered(_messages(USER, system=SYSTEM)), USER)
-
-    # What follows a reply closes it; what is left before the next message is the user's role, if all turns open so.
-    _, reply_end = _split(rendered(_messages(USER, REPLY), add_generation_prompt=False), REPLY)
-    user_start = next_turn.removeprefix(reply_end)
-    if not (head.endswith(user_start) and system_head.endswith(user_start)):
-        user_start = ""
-    system = _system_block(head.removesuffix(user_start), system_head.removesuffix(user_start))
-    # What a generation prompt adds is the assistant's role, and what is left closes the user's turn. Where it adds
-    # nothing of its own, all that stands between the two messages is the role.
-    assistant_start = rendered(_messages(USER)).removeprefix(rendered(_messages(USER), add_generation_prompt=False))
-    user_end = next_reply.removesuffix(assistant_start)
-    if not assistant_start or not next_reply.endswith(assistant_start) or not past_reply.startswith(user_end):
-        assistant_start, user_end = next_reply, ""
-    reply_start = past_reply.removeprefix(user_end)
-    return ChatFormat(
-        {
-            "name": "chat_template",
-            "system_template": system.template,
-            "system_message": system.default_message,
-            "roles": [user_start, assistant_start],
-            "messages": [],
-            "offset": 0,
-            "sep_style": int(SeparatorStyle.NO_COLON_TWO),
-            "sep": user_end,
-            "sep2": next_turn.removesuffix(user_start),
-            "stop_str": None,
-            "stop_token_ids": _stop_token_ids(rendered.tokenizer, next_turn),
-        },
-        empty_system=system.empty,
-        no_system=system.absent,
-        reply_start=reply_start if reply_start != assistant_start else "",
-        source="the model's chat template",
-    )
-
-
-def _stop_token_ids(tokenizer: Any, next_turn: str) -> list[int]:
-    """EOS, and the special token that ends a reply, which is another one in some families (Gemma, Phi-3)."""
-    special = set(tokenizer.all_special_ids)
-    behind_reply = tokenizer(next_turn, add_special_tokens=False)["input_ids"]
-    end_of_turn = next((token_id for token_id in behind_reply if token_id in special), None)
-    return sorted({token_id for token_id in (tokenizer.eos_token_id, end_of_turn) if token_id is not None})
-
-
-@dataclass(frozen=True)
-class _SystemBlock:
-    """FastChat's template and default, and what to write in place of the template filled with an empty message."""
-
-    template: str
-    default_message: str = ""
-    empty: str = ""
-    absent: str = ""
-
-
-def _system_block(without: str, with_marker: str) -> _SystemBlock:
-    """How a system message is written, given the start of a prompt without one and with one."""
-    before, after = _split(with_marker, SYSTEM)
-    template = f"{_escape(before)}{{system_message}}{_escape(after)}"
-    default = re.fullmatch(f"{re.escape(before)}(.*){re.escape(after)}", without, re.DOTALL)
-    if default:
-        return _SystemBlock(template, default_message=default[1])
-    return _SystemBlock(template, empty=before + after, absent=without)
-
-
-def _escape(text: str) -> str:
-    """`text` so that str.format, which FastChat fills the template with, gives it back."""
-    return text.replace("{", "{{").replace("}", "}}")
-
-
-def _split(text: str, marker: str) -> tuple[str, str]:
-    before, found, after = text.partition(marker)
-    if not found:
-        raise ValueError("a message is missing from the rendered text")
-    return before, after

@@ -37,6 +37,7 @@ from ipex_vllm.engines.generation import (
     InvalidParameter,
     RequestError,
 )
+from ipex_vllm.engines.stop_tokens import stop_at_special_tokens
 from ipex_vllm.serving.slots import Overloaded, Place, Slots
 
 logger = logging.getLogger(__name__)
@@ -203,6 +204,7 @@ class Core:
         if self._log_prompts:
             logger.info("request %s prompt %r", record.id, generation.prompt)
         num_unfinished = generation.n
+        generation = stop_at_special_tokens(generation, self.engine.tokenizer)
         async with self.slots.take(), aclosing(self.engine.stream(generation, record.id)) as deltas:
             async for delta in deltas:
                 record.add(delta)

@@ -151,12 +151,15 @@ class FastChatServer:
         return JSONResponse(self.status())
 
     async def count_token(self, request: Request) -> Response:
-        prompt = self.chat_format.normalize(parse_prompt(await read_json(request)))
+        given = parse_prompt(await read_json(request))
+        # FastChat's API server takes the count, and goes on to what tells its client of the error.
         try:
+            prompt = self.chat_format.normalize(given)
             num_tokens = await until_disconnect(request, self.core.engine.count_tokens(prompt))
-        except ContextOverflow as error:  # FastChat's API server takes the count, and tells its client of an overflow
+        except (ContextOverflow, InvalidParameter) as error:
             self.core.tally.count_error(error)
-            return JSONResponse({**error_payload(error), "count": error.prompt_tokens})
+            count = error.prompt_tokens if isinstance(error, ContextOverflow) else 0
+            return JSONResponse({**error_payload(error), "count": count})
         return JSONResponse({"count": num_tokens, "error_code": 0})
 
     async def get_conv_template(self) -> Response:

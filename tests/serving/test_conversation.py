@@ -1,14 +1,15 @@
 """Chats reach the model in its own format, whatever FastChat's API server makes of them.
 
 The oracle on one side is Hugging Face's chat template, on the other FastChat's own code. The templates below are
-written from each family's public prompt format; the tokenizer under them is a byte-level one with the family's special
-tokens.
+written from each family's public prompt format, as far as it is about texts; the tokenizer under them is a byte-level
+one with the family's special tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -17,15 +18,20 @@ from fastchat.serve import openai_api_server
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from ipex_vllm import fastchat_requests
+from ipex_vllm.engines.generation import Generation, InvalidParameter
+from ipex_vllm.engines.stop_tokens import stop_at_special_tokens
 from ipex_vllm.engines.tokenization import PromptEncoder
-from ipex_vllm.errors import OptionError
+from ipex_vllm.errors import EngineError, OptionError
+from ipex_vllm.serving import template_trial
 from ipex_vllm.serving.conversation import (
     PROMPT_TEMPLATES,
     ChatFormat,
     as_json,
     choose_chat_format,
     match_registry,
-    translate,
+    own_format,
+    render_conversation,
 )
 
 # Sets `system` ("" without one) and `turns`, for templates that write the system message inside a user turn.
@@ -42,6 +48,8 @@ class Family:
     eos: str
     adds_bos: bool = False  # the tokenizer writes BOS by itself
     special: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()  # tokens that are text
+    takes_parts: bool = False
     end_of_turn: str | None = None  # where it is not EOS
 
 
@@ -171,6 +179,159 @@ FAMILIES = {
         eos="<|im_end|>",
         special=("<|im_start|>",),
     ),
+    # Thoughts stay in what follows the last question alone, and open that if there are none.
+    "qwen-3": Family(
+        """\
+{%- if messages[0].role == 'system' -%}
+    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' -}}
+{%- endif -%}
+{%- set ns = namespace(last=messages|length - 1) -%}
+{%- for message in messages[::-1] -%}
+    {%- set index = (messages|length - 1) - loop.index0 -%}
+    {%- if message.role == 'user' and not ns.found -%}
+        {%- set ns.found = true -%}{%- set ns.last = index -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- for message in messages -%}
+    {%- if message.role == 'user' or (message.role == 'system' and not loop.first) -%}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}
+    {%- elif message.role == 'assistant' -%}
+        {%- set content = message.content -%}{%- set thought = '' -%}
+        {%- if '</think>' in content -%}
+            {%- set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') -%}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') -%}
+        {%- endif -%}
+        {%- if loop.index0 > ns.last and (loop.last or thought) -%}
+            {{- '<|im_start|>assistant\\n<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' -}}
+            {{- content.lstrip('\\n') -}}
+        {%- else -%}
+            {{- '<|im_start|>assistant\\n' + content -}}
+        {%- endif -%}
+        {{- '<|im_end|>\\n' -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}""",
+        bos=None,
+        eos="<|im_end|>",
+        special=("<|im_start|>", "<|endoftext|>"),
+        added=("<think>", "</think>"),
+    ),
+    "deepseek-r1": Family(
+        """\
+{%- set ns = namespace(system='') -%}
+{%- for message in messages -%}
+    {%- if message.role == 'system' -%}{%- set ns.system = message.content -%}{%- endif -%}
+{%- endfor -%}
+{{- bos_token + ns.system -}}
+{%- for message in messages -%}
+    {%- if message.role == 'user' -%}{{- '<|User|>' + message.content -}}{%- endif -%}
+    {%- if message.role == 'assistant' -%}
+        {%- set content = message.content -%}
+        {%- if '</think>' in content -%}{%- set content = content.split('</think>')[-1] -%}{%- endif -%}
+        {{- '<|Assistant|>' + content + eos_token -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|Assistant|><think>\\n' -}}{%- endif -%}""",
+        bos="<|begin|>",
+        eos="<|end|>",
+        adds_bos=True,
+        special=("<|User|>", "<|Assistant|>"),
+        added=("<think>", "</think>"),
+    ),
+    # It trims, wants users and replies in turn, and writes the system message into the first user's turn.
+    "gemma-3": Family(
+        TAKE_SYSTEM_OUT
+        + """\
+{{- bos_token -}}
+{%- for message in turns -%}
+    {%- if (message.role == 'user') != (loop.index0 % 2 == 0) -%}
+        {{- raise_exception('Roles must alternate') -}}
+    {%- endif -%}
+    {{- '<start_of_turn>' + ('model' if message.role == 'assistant' else 'user') + '\\n' -}}
+    {%- if loop.first and system -%}{{- system + '\\n\\n' -}}{%- endif -%}
+    {{- message.content | trim + '<end_of_turn>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<start_of_turn>model\\n' -}}{%- endif -%}""",
+        bos="<bos>",
+        eos="<eos>",
+        adds_bos=True,
+        special=("<start_of_turn>", "<end_of_turn>"),
+        end_of_turn="<end_of_turn>",
+    ),
+    # Harmony: a reply has parts in channels, which the model opens itself, and <|end|> closes each of them.
+    "gpt-oss": Family(
+        TAKE_SYSTEM_OUT
+        + """\
+{{- '<|start|>system<|message|>You are ChatGPT.\\n\\nReasoning: medium<|end|>' -}}
+{%- if system -%}{{- '<|start|>developer<|message|># Instructions\\n\\n' + system + '\\n\\n<|end|>' -}}{%- endif -%}
+{%- for message in turns -%}
+    {%- if message.role == 'user' -%}
+        {{- '<|start|>user<|message|>' + message.content + '<|end|>' -}}
+    {%- elif '<|channel|>analysis<|message|>' in message.content -%}
+        {{- raise_exception('You have passed a message containing <|channel|> tags in the content field.') -}}
+    {%- elif loop.last and not add_generation_prompt -%}
+        {{- '<|start|>assistant<|channel|>final<|message|>' + message.content + '<|return|>' -}}
+    {%- else -%}
+        {{- '<|start|>assistant<|channel|>final<|message|>' + message.content + '<|end|>' -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|start|>assistant' -}}{%- endif -%}""",
+        bos=None,
+        eos="<|return|>",
+        special=("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>"),
+    ),
+    # What ends a turn opens the next one.
+    "glm-4": Family(
+        """\
+{{- '[gMASK]<sop>' -}}
+{%- for message in messages -%}
+    {{- '<|' + message.role + '|>\\n' + message.content -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}""",
+        bos=None,
+        eos="<|endoftext|>",
+        special=("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>"),
+        end_of_turn="<|user|>",
+    ),
+    # Its EOS is another token than the one that ends a turn.
+    "phi-4": Family(
+        """\
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message.role + '<|im_sep|>' + message.content + '<|im_end|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant<|im_sep|>' -}}{%- endif -%}""",
+        bos="<|endoftext|>",
+        eos="<|endoftext|>",
+        special=("<|im_start|>", "<|im_sep|>", "<|im_end|>"),
+        end_of_turn="<|im_end|>",
+    ),
+    "mistral-small": Family(
+        """\
+{{- bos_token -}}
+{%- for message in messages -%}
+    {%- if message.role == 'user' -%}{{- '[INST]' + message.content + '[/INST]' -}}
+    {%- elif message.role == 'system' -%}{{- '[SYSTEM_PROMPT]' + message.content + '[/SYSTEM_PROMPT]' -}}
+    {%- else -%}{{- message.content + eos_token -}}{%- endif -%}
+{%- endfor -%}""",
+        bos="<s>",
+        eos="</s>",
+        adds_bos=True,
+        special=("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
+    ),
+    # A multimodal model's, whose messages have parts.
+    "parts": Family(
+        """\
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message.role + '\\n' -}}
+    {%- for part in message.content | selectattr('type', 'equalto', 'text') -%}{{- part.text -}}{%- endfor -%}
+    {{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}""",
+        bos=None,
+        eos="<|im_end|>",
+        special=("<|im_start|>",),
+        takes_parts=True,
+    ),
     # The reply to come opens with a thought; earlier replies are written without theirs.
     "thinking": Family(
         """\
@@ -202,8 +363,25 @@ DIALOGUES = {
     ],
     "look-alikes": ["What does </s> mean? And [INST]?", "It ends <|im_end|> a turn.", "user\n<|user|>\n"],
 }
-SYSTEM_MESSAGES = ["You are terse.", "Use {one} word.\n\nAlways."]
-EXACT_SYSTEM = ["llama-2", "llama-3", "qwen-2.5", "mistral-0.1", "phi-3", "zephyr", "chatml", "thinking"]
+DIALOGUES_OUT_OF_TURN = {
+    "two users in a row": [("user", "Hi"), ("user", "Are you there?")],
+    "the assistant first": [("assistant", "How can I help?"), ("user", "Tell me a joke.")],
+    "the assistant last": [("user", "Hi"), ("assistant", "Hello")],
+    "an empty reply": [("user", "Hi"), ("assistant", ""), ("user", "Again, please.")],
+    "two replies": [("user", "Hi"), ("assistant", "Hello"), ("assistant", "there"), ("user", "Hm.")],
+    "an empty question": [("user", ""), ("assistant", "Yes?"), ("user", "Hi")],
+    "spaces": [("user", "  Hi \n"), ("assistant", "\n\nHello  "), ("user", "\tWhy?\n")],
+    "thoughts": [
+        ("user", "2 + 2?"),
+        ("assistant", "<think>\nTwo and two,\n\nfour.\n</think>\n\n4."),
+        ("user", "And 3?"),
+        ("assistant", "<think>Seven</think>7"),
+        ("user", "Sure?"),
+    ],
+    "an open thought": [("user", "2 + 2?"), ("assistant", "<think>\nLet me"), ("user", "Go on.")],
+    "nobody": [],
+}
+SYSTEM_MESSAGES = ["You are terse.", "Use {one} word.\n\nAlways.", "  spaced  "]
 
 
 def make_tokenizer(family: Family) -> PreTrainedTokenizerFast:
@@ -214,6 +392,7 @@ def make_tokenizer(family: Family) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     special = [token for token in (family.bos, family.eos, *family.special) if token]
     tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(list(family.added))
     if family.adds_bos:
         bos = (family.bos, tokenizer.token_to_id(family.bos))
         tokenizer.post_processor = processors.TemplateProcessing(f"{family.bos} $A", special_tokens=[bos])
@@ -232,19 +411,15 @@ def as_messages(contents: list[str], system: str | None = None) -> list[dict[str
     return messages if system is None else [{"role": "system", "content": system}, *messages]
 
 
-def render(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]]) -> str:
+def render(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], takes_parts: bool = False) -> str:
+    """What Transformers makes of a dialogue."""
+    if takes_parts:
+        messages = [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in messages]
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 async def encode(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
     return await PromptEncoder(tokenizer, context_length=100_000).encode(prompt)
-
-
-def expected_tokens(tokenizer: PreTrainedTokenizerFast, family: Family, messages: list[dict[str, str]]) -> list[int]:
-    token_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    if family.adds_bos and token_ids[0] != tokenizer.bos_token_id:
-        token_ids = [tokenizer.bos_token_id, *token_ids]
-    return token_ids
 
 
 @pytest.fixture(params=FAMILIES)
@@ -264,9 +439,7 @@ def tokenizer(family: Family) -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def chat_format(tokenizer: PreTrainedTokenizerFast) -> ChatFormat:
-    chat_format = translate(tokenizer)
-    assert chat_format is not None
-    return chat_format
+    return own_format(tokenizer)
 
 
 @pytest.fixture
@@ -284,38 +457,66 @@ def api_server(monkeypatch: pytest.MonkeyPatch):
     return ask
 
 
+@pytest.mark.parametrize("system", [None, *SYSTEM_MESSAGES])
 @pytest.mark.parametrize("dialogue", DIALOGUES.values(), ids=DIALOGUES)
-async def test_a_chat_is_the_tokens_of_the_chat_template(family, tokenizer, chat_format, api_server, dialogue):
-    # Some templates trim what is said, FastChat does not: that difference is left out here.
-    messages = as_messages([content.strip() for content in dialogue])
-    prompt = (await api_server(chat_format, messages))["prompt"]
-    assert await encode(tokenizer, chat_format.normalize(prompt)) == expected_tokens(tokenizer, family, messages)
-
-
-@pytest.mark.parametrize("system", SYSTEM_MESSAGES)
-@pytest.mark.parametrize("dialogue", DIALOGUES.values(), ids=DIALOGUES)
-@pytest.mark.parametrize("name", EXACT_SYSTEM, indirect=True)
-async def test_a_system_message_is_the_tokens_of_the_chat_template(
-    family, tokenizer, chat_format, api_server, dialogue, system
+async def test_a_chat_is_the_prompt_of_the_chat_template(
+    name, family, tokenizer, chat_format, api_server, dialogue, system
 ):
-    messages = as_messages([content.strip() for content in dialogue], system)
+    messages = as_messages(dialogue, system)
     prompt = (await api_server(chat_format, messages))["prompt"]
-    assert await encode(tokenizer, chat_format.normalize(prompt)) == expected_tokens(tokenizer, family, messages)
+    if name == "gemma" and system is not None:  # it refuses system messages
+        first, *rest = dialogue
+        messages = as_messages([f"{system}\n\n{first}", *rest])
+    assert chat_format.normalize(prompt) == render(tokenizer, messages, family.takes_parts)
 
 
-@pytest.mark.parametrize("name", ["mistral"], indirect=True)
-async def test_a_system_message_that_moves_with_the_last_turn_stays_in_the_first(tokenizer, api_server, caplog):
-    chat_format = translate(tokenizer)
-    assert "system message are rendered a little differently" in caplog.text
+@pytest.mark.parametrize("dialogue", DIALOGUES_OUT_OF_TURN.values(), ids=DIALOGUES_OUT_OF_TURN)
+async def test_a_dialogue_out_of_turn_is_what_the_chat_template_makes_of_it(
+    family, tokenizer, chat_format, api_server, dialogue
+):
+    messages = [{"role": role, "content": content} for role, content in dialogue]
+    prompt = (await api_server(chat_format, messages))["prompt"]
+    try:
+        expected = render(tokenizer, messages, family.takes_parts)
+    except Exception as error:  # of Jinja: some want users and replies in turn
+        sentence = re.escape(f"The model's chat template refuses this dialogue: {error}")
+        with pytest.raises(InvalidParameter, match=f"^{sentence}$"):
+            chat_format.normalize(prompt)
+    else:
+        assert chat_format.normalize(prompt) == expected
 
-    one_turn = as_messages(["Hi"], "Be terse.")
-    prompt = chat_format.normalize((await api_server(chat_format, one_turn))["prompt"])
-    assert prompt == render(tokenizer, one_turn)
 
-    two_turns = as_messages(["Hi", "Hello", "Why?"], "Be terse.")
-    prompt = chat_format.normalize((await api_server(chat_format, two_turns))["prompt"])
-    assert prompt == "<s>[INST] Be terse.\n\nHi[/INST] Hello</s>[INST] Why?[/INST]"
-    assert render(tokenizer, two_turns) == "<s>[INST] Hi[/INST] Hello</s>[INST] Be terse.\n\nWhy?[/INST]"
+@pytest.mark.parametrize("name", ["qwen-3", "deepseek-r1"], indirect=True)
+async def test_thoughts_are_left_out_of_earlier_replies(chat_format, api_server):
+    messages = [{"role": role, "content": content} for role, content in DIALOGUES_OUT_OF_TURN["thoughts"]]
+    prompt = chat_format.normalize((await api_server(chat_format, messages))["prompt"])
+    assert "Two and two" not in prompt
+    assert "Seven" not in prompt
+    assert "4." in prompt
+
+
+@pytest.mark.parametrize("name", ["qwen-3", "mistral", "phi-4"], indirect=True)
+async def test_several_system_messages_come_first_and_together(tokenizer, chat_format, api_server):
+    """As the guard of FastChat's API server hands them on; FastChat itself keeps the last one."""
+    system = [{"role": "system", "content": content} for content in ("Be terse.", "Be kind.")]
+    question = {"role": "user", "content": "Hi"}
+    body = fastchat_requests.chat({"model": "m", "messages": [system[0], question, system[1]]})
+    prompt = (await api_server(chat_format, body["messages"]))["prompt"]
+    together = {"role": "system", "content": "Be terse.\n\nBe kind."}
+    assert chat_format.normalize(prompt) == render(tokenizer, [together, question])
+
+
+def test_a_client_may_leave_the_system_block_out(family, tokenizer, chat_format):
+    roles = chat_format.conversation["roles"]
+    prompt = f"{roles[0]}Hi{chat_format.conversation['sep']}{roles[1]}"
+    assert chat_format.normalize(prompt) == render(tokenizer, as_messages(["Hi"]), family.takes_parts)
+
+
+@pytest.mark.parametrize("name", ["qwen-3"], indirect=True)
+def test_control_characters_in_a_text_are_text(tokenizer, chat_format):
+    messages = as_messages(["a\x1eb\x1d\x1f\x1e", "\x1duser", "\x1a"], "\x1d system \x1f")
+    prompt = render_conversation(chat_format.conversation, messages)
+    assert chat_format.normalize(prompt) == render(tokenizer, messages)
 
 
 @pytest.mark.parametrize("name", ["gemma"], indirect=True)
@@ -329,8 +530,9 @@ async def test_a_system_message_that_the_model_has_no_place_for_opens_the_first_
 
 @pytest.mark.parametrize("name", ["qwen-2.5"], indirect=True)
 async def test_the_models_default_system_message_is_kept_until_a_client_sends_one(chat_format, api_server):
-    assert "You are Qwen" in (await api_server(chat_format, as_messages(["Hi"])))["prompt"]
-    prompt = (await api_server(chat_format, as_messages(["Hi"], "You are a pirate.")))["prompt"]
+    prompt = chat_format.normalize((await api_server(chat_format, as_messages(["Hi"])))["prompt"])
+    assert "You are Qwen" in prompt
+    prompt = chat_format.normalize((await api_server(chat_format, as_messages(["Hi"], "You are a pirate.")))["prompt"])
     assert "You are Qwen" not in prompt
     assert prompt.count("<|im_start|>system") == 1
     # An empty one is a wish of its own: the model's template writes an empty block then, and so do we.
@@ -344,20 +546,12 @@ async def test_an_empty_system_message_leaves_no_block_that_the_model_has_never_
 ):
     raw = (await api_server(chat_format, as_messages(["Hi"], "")))["prompt"]
     without = render(tokenizer, as_messages(["Hi"]))
-    assert raw != without
     assert chat_format.normalize(raw) == without
 
 
-@pytest.mark.parametrize(
-    ("name", "system"),
-    [(name, None) for name in FAMILIES] + [(name, "You are terse.") for name in FAMILIES if name != "gemma"],
-    indirect=["name"],
-)
-def test_a_prompt_in_the_models_own_format_is_left_as_it_is(tokenizer, chat_format, system):
-    for dialogue in DIALOGUES.values():
-        prompt = render(tokenizer, as_messages(dialogue, system))
-        assert chat_format.normalize(prompt) == prompt
-    assert chat_format.normalize("Once upon a time") == "Once upon a time"
+@pytest.mark.parametrize("prompt", ["Once upon a time", "", "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"])
+def test_a_prompt_that_is_no_dialogue_of_fastchats_is_left_as_it_is(chat_format, prompt):
+    assert chat_format.normalize(prompt) == prompt
 
 
 @pytest.mark.parametrize("system", [None, "You are terse."])
@@ -379,9 +573,9 @@ async def test_braces_around_a_system_message(api_server):
     {{ ('{' + text + '}' if message.role == 'system' else text) + '\n' }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ 'assistant: ' }}{%- endif -%}"""
-    chat_format = translate(make_tokenizer(Family(template, bos="<s>", eos="</s>")))
+    chat_format = own_format(make_tokenizer(Family(template, bos="<s>", eos="</s>")))
     prompt = (await api_server(chat_format, as_messages(["Hi"], "Be {terse}.")))["prompt"]
-    assert prompt == "{system: Be {terse}.}\nuser: Hi\nassistant: "
+    assert chat_format.normalize(prompt) == "{system: Be {terse}.}\nuser: Hi\nassistant: "
 
 
 def test_the_conversation_stops_at_tokens_not_at_text(family, tokenizer, chat_format):
@@ -472,16 +666,104 @@ def test_a_wrong_template_name_is_one_line_with_the_right_ones(wrong):
     "template",
     [
         "{% for message in messages %}[Round {{ loop.index }}] {{ message.content }}\n{% endfor %}",
-        "{% for message in messages %}{{ message.role }}: {{ message.content | upper }}\n{% endfor %}",
-        "{{ raise_exception('no chats') }}",
+        "{% for message in messages %}{{ message.content | upper }}: {{ message.content }}{% endfor %}",
         "{{ messages[-1].content }}",
-        "{% for message in messages %}{{ message.content.split(' ')[0] }}\n{% endfor %}",
+        "{% for message in messages %}{% generation %}{{ message.content }}{% endgeneration %}{% endfor %}",
     ],
-    ids=["numbers turns", "changes the text", "refuses", "keeps the last message only", "shortens the text"],
+    ids=["numbers turns", "changes the text", "keeps the last message only", "has Transformers' own block"],
 )
-def test_a_template_that_fastchat_cannot_say_is_not_half_said(template, caplog):
+def test_a_template_may_do_with_a_dialogue_what_it_likes(template):
     tokenizer = make_tokenizer(Family(template, bos="<s>", eos="</s>"))
-    assert translate(tokenizer) is None
+    chat_format = own_format(tokenizer)
+    for dialogue in DIALOGUES.values():
+        prompt = render_conversation(chat_format.conversation, as_messages(dialogue))
+        assert chat_format.normalize(prompt) == render(tokenizer, as_messages(dialogue))
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('no chats') }}", "no chats"),
+        ("{% for message in messages %}{{ message.content }}", "Unexpected end of template"),
+        ("{{ nothing.at.all }}", "'nothing' is undefined"),
+        ("Hello!", "it leaves out what the user says"),
+    ],
+)
+def test_a_broken_template_is_told_with_what_is_used_instead(template, reason, caplog):
+    tokenizer = make_tokenizer(Family(template, bos="<s>", eos="</s>"))
     chat_format = choose_chat_format(tokenizer, "zephyr-7b", None)
+    assert "The model's chat template cannot be used: " in caplog.text
+    assert reason in caplog.text
     assert chat_format.conversation["name"] == "zephyr"
-    assert "fits no FastChat conversation style" in caplog.text
+    assert chat_format.source == "FastChat's template 'zephyr', by the model's name"
+
+
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "template_name"),
+    [
+        (ENDLESS + "{{ messages[0].content }}", None),
+        ("{% if messages|length > 9 %}" + ENDLESS + "{% endif %}{{ messages[0].content }}", "vicuna_v1.1"),
+        ("{% set ns = namespace(x='very') %}{% for i in range(30) %}{% set ns.x = ns.x * 9 %}{% endfor %}", None),
+    ],
+    ids=["loops", "loops in a long dialogue", "takes all memory"],
+)
+def test_a_template_that_does_not_end_is_refused(template, template_name, monkeypatch):
+    monkeypatch.setattr(template_trial, "CPU_LIMIT_S", 1)
+    tokenizer = make_tokenizer(Family(template, bos="<s>", eos="</s>"))
+    with pytest.raises(EngineError) as error:
+        choose_chat_format(tokenizer, "zephyr-7b", template_name)
+    assert str(error.value).startswith(
+        "the model's chat template did not end within 1 s of processor time and 1024 MiB"
+    )
+    assert "\n" not in str(error.value)
+
+
+# Where an answer ends
+
+
+def test_gpt_oss_does_not_stop_where_a_part_of_an_answer_ends(tmp_path):
+    tokenizer = make_tokenizer(FAMILIES["gpt-oss"])
+    ids = dict(
+        zip(tokens := ["<|return|>", "<|call|>", "<|end|>"], tokenizer.convert_tokens_to_ids(tokens), strict=True)
+    )
+    assert own_format(tokenizer).conversation["stop_token_ids"] == [ids["<|return|>"]]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [ids["<|return|>"], ids["<|call|>"]]}))
+    stops = choose_chat_format(tokenizer, str(tmp_path), None).conversation["stop_token_ids"]
+    assert stops == sorted([ids["<|return|>"], ids["<|call|>"]])
+
+
+@pytest.mark.parametrize("name", ["chatml"], indirect=True)
+@pytest.mark.parametrize(
+    ("generation_config", "eos"),
+    [('{"eos_token_id": 7}', [7]), ('{"eos_token_id": [7, 8]}', [7, 8]), ("{}", []), ("[", []), ("[1]", [])],
+)
+def test_the_generation_configuration_tells_what_ends_an_answer_too(tokenizer, tmp_path, generation_config, eos):
+    (tmp_path / "generation_config.json").write_text(generation_config)
+    stops = choose_chat_format(tokenizer, str(tmp_path), None).conversation["stop_token_ids"]
+    assert stops == sorted([*eos, tokenizer.eos_token_id])
+
+
+@pytest.mark.parametrize("is_special", [True, False])
+def test_an_end_of_turn_counts_though_it_is_neither_eos_nor_special(is_special):
+    family = dataclasses.replace(
+        FAMILIES["chatml"],
+        eos="</s>",
+        special=("<|im_start|>", "<|im_end|>") if is_special else ("<|im_start|>",),
+        added=() if is_special else ("<|im_end|>",),
+    )
+    tokenizer = make_tokenizer(family)
+    ends = tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>"])
+    assert own_format(tokenizer).conversation["stop_token_ids"] == sorted(ends)
+
+
+@pytest.mark.parametrize("name", ["qwen-3"], indirect=True)
+def test_a_stop_string_that_is_a_special_token_is_that_token(tokenizer):
+    """It is never part of a text, where stop strings are looked for. A token that is text is found there."""
+    asked = Generation("p", stop=("<|endoftext|>", "</think>", "<|im_end|> ", "word"), stop_token_ids=(5,))
+    stopping = stop_at_special_tokens(asked, tokenizer)
+    assert stopping.stop_token_ids == (5, tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+    assert stopping.stop == asked.stop
+    assert stop_at_special_tokens(Generation("p"), tokenizer) == Generation("p")

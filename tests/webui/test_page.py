@@ -13,7 +13,7 @@ from playwright.sync_api import expect
 from transformers import AutoTokenizer
 
 from ipex_vllm.demo import MODEL_DIR
-from ipex_vllm.serving.conversation import ChatFormat, translate
+from ipex_vllm.serving.conversation import ChatFormat, own_format
 from ipex_vllm.serving.core import Core
 from ipex_vllm.serving.fastchat import FastChatServer
 from ipex_vllm.serving.slots import Slots
@@ -29,9 +29,7 @@ OTHER_ANSWER = "collections.deque is a list-like sequence optimized for data acc
 
 @pytest.fixture(scope="module")
 def chat_format() -> ChatFormat:
-    translated = translate(AutoTokenizer.from_pretrained(MODEL_DIR))
-    assert translated is not None
-    return translated
+    return own_format(AutoTokenizer.from_pretrained(MODEL_DIR))
 
 
 @contextmanager
