@@ -75,6 +75,15 @@ SENTENCES = (
         "config.json names, or is quantized in a way that config.json does not tell.",
     ),
     (
+        r"max seq len \((\d+)\), \((.+?) GiB KV cache is needed, .+ memory \((.+?) GiB\)",
+        r"one sequence of \1 tokens needs \2 GiB of KV cache, and \3 GiB are there: shorten --max-model-len, or give "
+        "more with --kv-cache-gib.",
+    ),
+    (
+        r"No available memory for the cache blocks",
+        "the KV cache holds not one block: give more with --kv-cache-gib.",
+    ),
+    (
         r"size of tensor a .+ must match the size of tensor b .+?\)|shape .+ is invalid for input|size mismatch",
         r"the checkpoint's tensors have other shapes than config.json or --hf-overrides say (\g<0>).",
     ),

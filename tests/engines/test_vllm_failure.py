@@ -139,3 +139,22 @@ def test_what_fails_after_the_start_is_left_to_vllm(tmp_path, monkeypatch):
 def test_a_process_that_was_killed_is_told(number, why):
     error = RuntimeError(f"See root cause above. Failed core proc(s): {{'EngineCore': -{number}}}")
     assert vllm_failure.in_one_line(error) == f"its process was killed by signal {number}, {why}."
+
+
+@pytest.mark.parametrize(
+    ("available", "told"),
+    [
+        (
+            1 << 30,
+            "one sequence of 4096 tokens needs 2.0 GiB of KV cache, and 1.0 GiB are there: shorten --max-model-len",
+        ),
+        (0, "the KV cache holds not one block: give more with --kv-cache-gib."),
+    ],
+)
+def test_too_little_kv_cache_is_told_in_the_workers_flags(available, told):
+    """What the plan could not know, as of ranks that hold the same; vLLM's own words name flags of others."""
+    from vllm.v1.core.kv_cache_utils import _check_enough_kv_cache_memory
+
+    with pytest.raises(ValueError, match="memory") as error:
+        _check_enough_kv_cache_memory(available, lambda: 2 << 30, 4096, lambda _: 2048)
+    assert vllm_failure.in_one_line(error.value).startswith(told)
