@@ -17,7 +17,7 @@ from rich.console import Console
 
 from ipex_vllm.chat_servers import Backend, ChatError, Message, Sampling, connect
 from ipex_vllm.errors import run_main
-from ipex_vllm.options import Parser, add_options, from_namespace, layered_arguments, option
+from ipex_vllm.options import Parser, add_options, from_namespace, http_address, layered_arguments, option
 
 CONNECT_TIMEOUT_S = 10.0
 COMMANDS = {
@@ -34,7 +34,9 @@ COMMANDS = {
 class ChatOptions:
     """Whom to chat with."""
 
-    url: str = option("URL of a worker, of FastChat's controller or of an OpenAI server", "http://127.0.0.1:21001")
+    url: str = option(
+        "URL of a worker, of FastChat's controller or of an OpenAI server", "http://127.0.0.1:21001", parse=http_address
+    )
     model: str | None = option("model to begin with; default: the first in the list", None)
     system: str = option("system message", "")
     api_token: str | None = option("sent as `Authorization: Bearer TOKEN`", None, secret=True)

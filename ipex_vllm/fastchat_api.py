@@ -13,6 +13,7 @@ import logging
 import os
 import runpy
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import aiohttp
@@ -24,7 +25,9 @@ from pydantic import BaseModel
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ipex_vllm.errors import run_main
 from ipex_vllm.fastchat_requests import BadRequest, check_for, read_body
+from ipex_vllm.options import Parser, host_name, http_address, port_number
 from ipex_vllm.serving.events import Answer, error_event, error_response
 
 logger = logging.getLogger("ipex_vllm.fastchat_api")  # __name__ is "__main__"
@@ -42,6 +45,7 @@ def main() -> None:
     BaseModel.json = json_as_in_pydantic_1  # type: ignore[method-assign]
     # It calls the controller and the workers: a proxy would only lose them.
     os.environ.update(NO_PROXY="*", no_proxy="*")
+    check_addresses(sys.argv[1:])
     run_server = uvicorn.run
 
     def run_guarded(app: FastAPI, **options: Any) -> None:
@@ -51,6 +55,15 @@ def main() -> None:
     uvicorn.run = run_guarded  # type: ignore[assignment]  # which FastChat's module calls last
     sys.argv[0] = MODULE
     runpy.run_module(MODULE, run_name="__main__")
+
+
+def check_addresses(arguments: Sequence[str]) -> None:
+    """Raise OptionError for addresses that FastChat's own parser takes and nothing could be reached under."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--host", type=host_name)
+    parser.add_argument("--port", type=port_number)
+    parser.add_argument("--controller-address", type=http_address)
+    parser.parse_known_args(arguments)
 
 
 class Guard:
@@ -135,4 +148,4 @@ def innermost(error: BaseException) -> BaseException:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

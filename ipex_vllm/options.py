@@ -13,12 +13,14 @@ import itertools
 import json
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -27,6 +29,7 @@ from ipex_vllm.ports import http_url
 
 ENVIRONMENT_PREFIX = "IPEX_VLLM_"
 CONFIG_VARIABLE = f"{ENVIRONMENT_PREFIX}CONFIG"
+HOST = re.compile(r"[\w.:%-]+")  # a name or an address; one of IPv6 may end with %interface
 TRUE_WORDS, FALSE_WORDS = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 Device = Literal["cpu", "xpu"]
@@ -102,6 +105,26 @@ def not_empty(text: str) -> str:
     return text
 
 
+def http_address(text: str) -> str:
+    """A URL that an HTTP server can have."""
+    try:
+        parts = urlsplit(text)
+        has_host = bool(HOST.fullmatch(parts.hostname or "")) and not re.search(r"\s", text)
+        is_one = has_host and parts.scheme in ("http", "https") and parts.port != 0 and not parts.query + parts.fragment
+    except ValueError:  # of the port, as in http://::1:21001, or of brackets
+        is_one = False
+    if not is_one:
+        raise argparse.ArgumentTypeError(f"expected http://HOST:PORT, an IPv6 address in brackets, not {text!r}")
+    return text
+
+
+def host_name(text: str) -> str:
+    """What to listen on; nothing would be every address of the machine."""
+    if not HOST.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"expected an address or a host's name, not {text!r}")
+    return text
+
+
 port_number = whole_number(1, 65535)
 
 
@@ -128,16 +151,23 @@ class WorkerOptions:
         "format of the first and the last decoder layer beside --low-bit; default: that of the others", None
     )
     conv_template: str | None = option("FastChat conversation template; default: the model's own chat template", None)
-    host: str = option("address to listen on; anything but loopback opens the worker to the network", "127.0.0.1")
+    host: str = option(
+        "address to listen on; anything but loopback opens the worker to the network", "127.0.0.1", parse=host_name
+    )
     port: int = option("port to listen on", 21002, parse=port_number)
-    worker_address: str | None = option("URL under which the controller reaches this worker", None)
-    controller_address: str = option("URL of FastChat's controller", "http://127.0.0.1:21001")
+    worker_address: str | None = option("URL under which the controller reaches this worker", None, parse=http_address)
+    controller_address: str = option("URL of FastChat's controller", "http://127.0.0.1:21001", parse=http_address)
     no_register: bool = option("do not register with a controller", False)
     limit_worker_concurrency: int = option("requests served at once", 1024, parse=whole_number(1))
     limit_worker_queue: int = option(
         "requests that may wait beyond those; more are refused", 256, parse=whole_number(0)
     )
     drain_timeout: float = option("seconds that running requests get to finish on SIGTERM", 30.0, parse=seconds)
+    client_timeout: float = option(
+        "seconds until a client is given up that takes nothing of its answer or sends nothing of its request; 0: never",
+        60.0,
+        parse=seconds,
+    )
     api_token: str | None = option(
         "ask every client for `Authorization: Bearer TOKEN`", None, secret=True, parse=not_empty
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import socket
-from urllib.parse import urlsplit
 
 from ipex_vllm.errors import OptionError
 
@@ -46,17 +45,6 @@ def check_port(host: str, port: int) -> None:
 def http_url(host: str, port: int) -> str:
     """The URL of a server on that address; one of IPv6 stands in brackets."""
     return f"http://{_address(host, port)}"
-
-
-def check_url(name: str, url: str) -> None:
-    """Raise OptionError when `url`, the value of the option `name`, is none that an HTTP server can have."""
-    try:
-        parts = urlsplit(url)
-        is_one = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # of the port, as in http://::1:21001
-        is_one = False
-    if not is_one:
-        raise OptionError(f"{name} {url} is no URL: expected http://HOST:PORT, an IPv6 address in brackets")
 
 
 def _bound(family: int, host: str, port: int, is_shared: bool) -> socket.socket:

@@ -51,6 +51,7 @@ class Service:
     death_signal: signal.Signals = signal.SIGKILL  # what the kernel sends it when this program dies
     stop_timeout_s: float = KILL_AFTER_S
     environ: dict[str, str] = field(default_factory=dict)  # beside this program's own
+    tell_death: Callable[[], Awaitable[object]] | None = None  # to others, who would still count on it
     process: asyncio.subprocess.Process | None = field(default=None, repr=False)
     last_line: str = ""
 
@@ -98,7 +99,7 @@ class Supervisor:
         for service in reversed(self._services):
             if service.process is not None and service.process.returncode is None:
                 self.say(service, "stopping")
-                _signal_group(service.process, signal.SIGTERM)
+                service.process.terminate()  # alone: it knows what its own processes have to finish
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(service.process.wait(), service.stop_timeout_s)
             if service.process is not None:
@@ -163,6 +164,8 @@ class Supervisor:
             if time.monotonic() - started_at > STABLE_AFTER_S:
                 backoff_s = FIRST_BACKOFF_S
             self.say(service, f"ended with status {status}; starting it again in {backoff_s:g} s")
+            if service.tell_death is not None:
+                await service.tell_death()
             await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
             await self._spawn(service)

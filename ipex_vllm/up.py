@@ -32,6 +32,7 @@ from ipex_vllm.options import (
     check_flags,
     config_path,
     from_namespace,
+    http_address,
     layered_arguments,
     model_name,
     option,
@@ -40,7 +41,7 @@ from ipex_vllm.options import (
     same_option,
     whole_number,
 )
-from ipex_vllm.ports import check_url, http_url
+from ipex_vllm.ports import http_url
 from ipex_vllm.supervisor import KILL_AFTER_S, Role, Service, ServiceFailed, Supervisor
 from ipex_vllm.webui import find_environment
 
@@ -67,7 +68,7 @@ class UpOptions:
     web_port: int = option("port of FastChat's web UI", 7860, parse=port_number)
     web: bool | None = option("start the web UI; default: when its environment is there", None)
     only: Role | None = option("start this piece alone", None)
-    controller_address: str | None = option("URL of a controller elsewhere, with --only", None)
+    controller_address: str | None = option("URL of a controller elsewhere, with --only", None, parse=http_address)
     drain_timeout: float = same_option(WorkerOptions, "drain_timeout")
     verbose: bool = option("show all that the programs write, vLLM's and FastChat's INFO lines too", False)
 
@@ -120,6 +121,8 @@ def make_services(options: UpOptions, workers: Sequence[dict[str, Any]]) -> list
                 partial(gets_ok, f"{url}/ready", own.get("api-token")),
                 host=str(own["host"]),
                 death_signal=signal.SIGTERM,  # it ends its engine's processes
+                # The controller asks every worker, and forgets those that do not answer.
+                tell_death=partial(posts_ok, f"{controller_url}/refresh_all_workers"),
                 stop_timeout_s=options.drain_timeout + KILL_AFTER_S,
                 # Some flags are switched off by --no-X and some by silence; the worker knows which.
                 environ={_as_variable(name): "false" for name, value in own.items() if value is False},
@@ -203,7 +206,6 @@ def read_options(arguments: Sequence[str]) -> tuple[UpOptions, list[dict[str, An
         if not worker.get("model-path"):
             raise OptionError(f"{path}: worker {index} has no model-path")
         check_flags(worker, WorkerOptions, f"{path}: worker {index}")
-    check_url("--controller-address", options.controller_url)
     if options.web is None:
         options = replace(options, web=find_environment() is not None)
     return options, workers

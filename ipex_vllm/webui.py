@@ -16,8 +16,17 @@ from typing import NoReturn
 import httpx
 
 from ipex_vllm.errors import OptionError, run_main
-from ipex_vllm.options import Parser, add_options, from_namespace, layered_arguments, option
-from ipex_vllm.ports import check_port, check_url
+from ipex_vllm.options import (
+    Parser,
+    add_options,
+    from_namespace,
+    host_name,
+    http_address,
+    layered_arguments,
+    option,
+    port_number,
+)
+from ipex_vllm.ports import check_port
 
 ROOT = Path(__file__).parents[1]
 SERVER = Path(__file__).with_name("webui_server.py")
@@ -36,10 +45,12 @@ class WebOptions:
     """Where the web UI listens and whose models it shows."""
 
     controller_url: str = option(
-        "URL of FastChat's controller", "http://127.0.0.1:21001", aliases=["--controller-address"]
+        "URL of FastChat's controller", "http://127.0.0.1:21001", aliases=["--controller-address"], parse=http_address
     )
-    host: str = option("address to listen on; anything but loopback opens the page to the network", "127.0.0.1")
-    port: int = option("port to listen on", 7860)
+    host: str = option(
+        "address to listen on; anything but loopback opens the page to the network", "127.0.0.1", parse=host_name
+    )
+    port: int = option("port to listen on", 7860, parse=port_number)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -68,7 +79,6 @@ def prepare(arguments: Sequence[str]) -> list[str]:
             "(IPEX_VLLM_WEBUI_ENV names one elsewhere)"
         )
     controller_url = options.controller_url.rstrip("/")
-    check_url("--controller-url", controller_url)
     check_controller(controller_url)
     check_port(options.host, options.port)
     host = f"[{options.host}]" if ":" in options.host else options.host  # Gradio makes a URL of it

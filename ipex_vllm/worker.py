@@ -13,15 +13,17 @@ import contextlib
 import ipaddress
 import json
 import logging
+import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import uvicorn
+import psutil
 
 from ipex_vllm import ports
 from ipex_vllm.demo import resolve_model_path
@@ -36,22 +38,19 @@ from ipex_vllm.machine.model import ModelFacts
 from ipex_vllm.options import Parser, WorkerOptions, add_options, from_namespace, layered_arguments, model_name
 from ipex_vllm.plan.devices import PLANNERS
 from ipex_vllm.plan.plan import Plan
-from ipex_vllm.serving.connections import (
-    ListeningSocket,
-    MarkingProtocol,
-    quiet_when_full,
-    raise_descriptor_limit,
-)
+from ipex_vllm.serving.connections import ListeningSocket, quiet_when_full, raise_descriptor_limit
 from ipex_vllm.serving.controller import ControllerClient
 from ipex_vllm.serving.conversation import check_template_name, choose_chat_format
 from ipex_vllm.serving.core import Core
 from ipex_vllm.serving.fastchat import FastChatServer
+from ipex_vllm.serving.http_server import HttpServer
 from ipex_vllm.serving.slots import Slots
 
 logger = logging.getLogger("ipex_vllm.worker")  # __name__ is "__main__" where it matters
 
 STREAMS_END_TIMEOUT_S = 10.0  # for the error frames of requests that a dead engine left behind
-LAST_FRAMES_TIMEOUT_S = 2  # for a slow client to take what is already written
+LEAVE_TIMEOUT_S = 1.0  # for the controller, at least; it has the drain's time
+ENGINE_STOP_TIMEOUT_S = 3.0  # then its processes are killed
 
 
 def main(arguments: Sequence[str] | None = None, load: EngineLoader | None = None) -> None:
@@ -114,8 +113,6 @@ def read_options(
     options: WorkerOptions = from_namespace(WorkerOptions, args)
     engine_args = argparse.Namespace(**{name: vars(args)[name] for name in vars(args).keys() - vars(options).keys()})
     check_model_directory(options.model_path)
-    ports.check_url("--worker-address", options.address)
-    ports.check_url("--controller-address", options.controller_address)
     if options.conv_template is not None:
         check_template_name(options.conv_template)
     engine_class.check(options, engine_args)
@@ -221,16 +218,7 @@ async def serve(engine_class: type[Engine], options: WorkerOptions, plan: Plan, 
         await warm_up(engine)
         ports.listen(sock)
         quiet_when_full(asyncio.get_running_loop())
-        http = HttpServer(
-            uvicorn.Config(
-                server.app,
-                http=MarkingProtocol,
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                timeout_graceful_shutdown=LAST_FRAMES_TIMEOUT_S,
-            )
-        )
+        http = HttpServer(server.app, core.tally, options.client_timeout)
         http_task = asyncio.create_task(http.serve(sockets=[ListeningSocket(sock)]))
         while not http.started:
             if http_task.done():
@@ -248,21 +236,26 @@ async def serve(engine_class: type[Engine], options: WorkerOptions, plan: Plan, 
         if not options.no_register:
             core.is_registered = lambda: controller.is_registered
             registration = asyncio.create_task(controller.run())
-        reason = await first_reason_to_stop(engine, http_task)
+        signals = StopSignals()
+        reason = await first_reason_to_stop(engine, http_task, signals)
 
         slots.is_closed = True
+        http.keep_no_connection()
+        leaving = None
         if registration is not None:
             registration.cancel()
-            await controller.leave()
-        if reason is None:
-            await core.drain(options.drain_timeout)
-        else:
+            leaving = asyncio.create_task(controller.leave())
+        if reason is not None:
             logger.error("%s", reason)
-            await core.drain(STREAMS_END_TIMEOUT_S)
+        timeout_s = options.drain_timeout if reason is None else STREAMS_END_TIMEOUT_S
+        deadline = time.monotonic() + timeout_s
+        await core.drain(timeout_s, signals.second)
+        if leaving is not None:
+            await until_left(leaving, max(deadline - time.monotonic(), LEAVE_TIMEOUT_S), signals.second)
         http.should_exit = True
         await asyncio.wait((http_task,))
     finally:
-        await engine.stop()
+        await stop_engine(engine)
     logger.info("stopped")
     return 0 if reason is None else EngineError.exit_status
 
@@ -275,14 +268,23 @@ async def warm_up(engine: Engine) -> None:
         raise EngineError(f"the engine failed at its first request: {root_cause(error)}") from error
 
 
-async def first_reason_to_stop(engine: Engine, http_task: asyncio.Task[None]) -> str | None:
+class StopSignals:
+    """The first signal asks for an end in good order, the second for one at once."""
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+        for signal_number in stop_signals():
+            asyncio.get_running_loop().add_signal_handler(signal_number, self._note)
+
+    def _note(self) -> None:
+        (self.second if self.first.is_set() else self.first).set()
+
+
+async def first_reason_to_stop(engine: Engine, http_task: asyncio.Task[None], signals: StopSignals) -> str | None:
     """Wait for a signal (None), or for the death of the engine or of the HTTP server (why)."""
-    signalled = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for signal_number in stop_signals():
-        loop.add_signal_handler(signal_number, signalled.set)
     tasks: tuple[asyncio.Task[Any], ...] = (
-        asyncio.create_task(signalled.wait()),
+        asyncio.create_task(signals.first.wait()),
         asyncio.create_task(engine.wait_dead()),
     )
     await asyncio.wait((*tasks, http_task), return_when=asyncio.FIRST_COMPLETED)
@@ -299,12 +301,26 @@ def why_ended(task: asyncio.Task[None]) -> str:
     return "it was told to" if error is None else root_cause(error)
 
 
-class HttpServer(uvicorn.Server):
-    """A uvicorn server that leaves signals to the worker, which drains first."""
+async def until_left(leaving: asyncio.Task[None], timeout_s: float, hurry: asyncio.Event) -> None:
+    """Wait for the controller's answer, at most `timeout_s` seconds or until `hurry`."""
+    hurried = asyncio.create_task(hurry.wait())
+    await asyncio.wait((leaving, hurried), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    if not leaving.done():
+        logger.warning("the controller has not confirmed that this worker left; it will miss its heartbeats")
+    for task in (leaving, hurried):
+        task.cancel()
+    await asyncio.gather(leaving, hurried, return_exceptions=True)
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+
+async def stop_engine(engine: Engine) -> None:
+    """Stop it, by force where it does not stop: it may hang, or have been suspended."""
+    stopping = asyncio.create_task(engine.stop())
+    await asyncio.wait((stopping,), timeout=ENGINE_STOP_TIMEOUT_S)
+    if not stopping.done():
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    await stopping
 
 
 def is_loopback(host: str) -> bool:
@@ -316,8 +332,8 @@ def is_loopback(host: str) -> bool:
 
 if __name__ == "__mp_main__":  # one of vLLM's processes: it must not outlive the worker, even one that is killed
     die_with_parent()
-    # A terminal sends its hang-up to the whole group; the worker drains, and needs its engine for that.
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # A terminal sends Ctrl-C and its hang-up to the whole group; the worker drains, and needs its engine for that.
+    os.setpgrp()
 
 if __name__ == "__main__":
     main()

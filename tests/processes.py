@@ -221,6 +221,10 @@ class Service(Program):
     def models(self) -> list[str]:
         return listed_models(self.controller_url)
 
+    def workers(self) -> list[psutil.Process]:
+        """The processes of its workers on the fake engine, in the order of their ports."""
+        return sorted((p for p in self.tree() if "tests.fake_worker" in p.cmdline()), key=lambda p: p.pid)
+
     def process_of(self, module: str) -> psutil.Process:
         """The service's child that runs `python -m module`."""
         (found,) = [process for process in self.tree() if module in process.cmdline()]

@@ -163,13 +163,17 @@ def generate(url: str, **params: Any) -> dict[str, Any]:
 def raw_post(url: str, path: str, body: Any) -> socket.socket:
     """Send a request and return the connection, unread: a client with a small receive buffer that can stop or go."""
     host, port = url.removeprefix("http://").split(":")
-    connection = socket.socket()
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    connection.connect((host, int(port)))
     content = json.dumps(body).encode()
     fields = f"Host: {host}\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
     head = f"POST {path} HTTP/1.1\r\n{fields}\r\n\r\n"
-    connection.sendall(head.encode() + content)
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    try:
+        connection.connect((host, int(port)))
+        connection.sendall(head.encode() + content)
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 

@@ -69,6 +69,7 @@ SAMPLES: dict[str, tuple[str, Any, Any]] = {
     "limit_worker_concurrency": ("7", 7, 7),
     "limit_worker_queue": ("0", 0, 0),
     "drain_timeout": ("1.5", 1.5, 1.5),
+    "client_timeout": ("7.5", 7.5, 7.5),
     "max_stream_gap": ("1.5", 1.5, 1.5),
     "api_token": ("-secret", "-secret", "-secret"),
     "openai": ("no", False, False),
@@ -376,6 +377,29 @@ WRONG = [
     ("drain_timeout", "nan", "expected seconds, 0 or more, not 'nan'"),
     ("model_names", ",", "expected a name, or several with commas between them, not ','"),
     ("model_path", " ", "expected a model directory or a Hugging Face name, and it is empty"),
+    *(
+        ("controller_address", url, f"expected http://HOST:PORT, an IPv6 address in brackets, not {url!r}")
+        for url in (
+            *(
+                "127.0.0.1:21001",
+                "localhost:21001",
+                "http://::1:21001",
+                "http://[::1:21001",
+                "http://",
+                "http://a:port",
+            ),
+            *(
+                "http://127.0.0.1:99999",
+                "http://127.0.0.1:0",
+                "http://a b:21001",
+                " http://a:1",
+                "http://a:1/?x",
+                "ftp://a:1",
+            ),
+        )
+    ),
+    ("worker_address", "worker:21002", "expected http://HOST:PORT, an IPv6 address in brackets, not 'worker:21002'"),
+    ("host", "a b", "expected an address or a host's name, not 'a b'"),
     ("kv_cache_gib", "much", "invalid float value: 'much'"),
     ("device", "tpu", "invalid choice: 'tpu' (choose from 'cpu', 'xpu')"),
 ]
@@ -398,6 +422,17 @@ def test_a_wrong_value_is_told_when_it_is_read_with_where_it_came_from(parse, na
 def test_an_empty_token_would_guard_nothing(parse):
     with pytest.raises(OptionError, match="argument --api-token: it is empty"):
         parse("--api-token=")
+
+
+@pytest.mark.parametrize("name", ["controller-address", "worker-address", "host"])
+def test_an_empty_address_is_none(parse, name):
+    with pytest.raises(OptionError, match=f"argument --{name}: expected .*, not ''"):
+        parse(f"--{name}=")
+
+
+@pytest.mark.parametrize("url", ["http://[::1]:21001", "https://gate.example/fastchat", "http://[fe80::1%eth0]:21001"])
+def test_an_address_may_have_brackets_a_path_and_no_port(parse, url):
+    assert parse(f"--controller-address={url}").controller_address == url
 
 
 def test_a_home_directory_is_found_wherever_it_is_said(parse, monkeypatch):

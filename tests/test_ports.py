@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from ipex_vllm.errors import OptionError
-from ipex_vllm.ports import bind, check_url, http_url, listen
+from ipex_vllm.ports import bind, http_url, listen
 from tests.support import free_port
 
 
@@ -36,10 +36,3 @@ def test_urls_and_errors_write_an_ipv6_address_in_brackets() -> None:
     assert http_url("localhost", 21002) == "http://localhost:21002"
     with pytest.raises(OptionError, match=r"\[2001:db8::1\]:21002"):
         bind("2001:db8::1", 21002)  # an address of documentation, nobody's own
-
-
-@pytest.mark.parametrize("url", ["http://::1:21001", "127.0.0.1:21001", "http://", "http://a:port", ""])
-def test_what_is_no_url_is_told_with_the_options_name(url: str) -> None:
-    with pytest.raises(OptionError, match="--controller-address"):
-        check_url("--controller-address", url)
-    check_url("--controller-address", "http://[::1]:21001")

@@ -87,10 +87,34 @@ def test_the_whole_service_on_an_ipv6_address(fake_workers: str, tmp_path: Path)
     with Service(tmp_path / "up", *arguments, host="::1", PYTHONPATH=str(ROOT)) as service:
         assert service.models() == ["fake"]
         assert httpx.get(f"http://[::1]:{port}/", trust_env=False).is_success
-        body = {"model": "fake", "prompt": "p"}
-        answer = httpx.post(f"{service.api_url}/v1/completions", json=body, trust_env=False).json()
-        assert answer["choices"][0]["text"] == "word word "
+        assert completion(service) == "word word "
         assert service.stop() == 0
+
+
+def test_the_controller_hears_of_a_dead_replica_at_once(tmp_path: Path) -> None:
+    """By itself it would send the dead one its share of the requests until a heartbeat is missed, 90 s."""
+    file = tmp_path / "service.yaml"
+    file.write_text("workers:\n" + "  - {module: tests.fake_worker, model-path: demo, model-names: fake}\n" * 2)
+    with Service(tmp_path / "up", "--config", str(file), "--verbose", PYTHONPATH=str(ROOT)) as service:
+        service.workers()[0].kill()
+        eventually(lambda: f"Remove stale worker: {service.worker_url}" in service.output, "forgotten", timeout_s=30)
+        answers = [completion(service) for _ in range(4)]
+        assert answers == ["word word "] * 4
+        eventually(lambda: service.output.count(f"Register done: {service.worker_url}") == 2, "back again")
+
+
+def completion(service: Service) -> str:
+    body = {"model": "fake", "prompt": "p"}
+    answer = httpx.post(f"{service.api_url}/v1/completions", json=body, trust_env=False).json()
+    text: str = answer["choices"][0]["text"]
+    return text
+
+
+def test_an_address_that_cannot_be_ends_the_api_server(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ipex_vllm.fastchat_api", "--controller-address", "127.0.0.1:21001"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith("error: argument --controller-address: expected http://HOST:PORT")
 
 
 def test_a_proxy_in_the_environment_is_asked_for_nothing(fake_workers: str, tmp_path: Path) -> None:

@@ -110,10 +110,11 @@ class ControllerClient:
     ) -> httpx.Response | None:
         try:
             # The controller is on this machine or in this network: a proxy from the environment would only lose it.
-            async with httpx.AsyncClient(timeout=timeout_s, trust_env=False) as client:
+            # httpx limits each step, and an answer of single bytes has many: the time is that of the whole.
+            async with asyncio.timeout(timeout_s), httpx.AsyncClient(timeout=timeout_s, trust_env=False) as client:
                 response = await client.post(self._controller_address + path, json=payload)
                 response.raise_for_status()
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, TimeoutError) as error:
             if self._is_reachable:
                 reason = str(error) or type(error).__name__
                 logger.warning("No answer from the controller at %s (%s); will retry", self._controller_address, reason)

@@ -38,7 +38,7 @@ from ipex_vllm.engines.generation import (
     RequestError,
 )
 from ipex_vllm.engines.stop_tokens import stop_at_special_tokens
-from ipex_vllm.serving.slots import Overloaded, Place, Slots
+from ipex_vllm.serving.slots import SHUT_DOWN, Overloaded, Place, Slots
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +76,7 @@ class Tally:
     finished: Counter[str] = field(default_factory=Counter)  # by finish reason
     errors: Counter[int] = field(default_factory=Counter)  # by error code
     disconnects: int = 0
+    stalled_clients: int = 0
     frames: int = 0
     frame_bytes: int = 0
     prompt_tokens: int = 0
@@ -157,6 +158,7 @@ class Core:
         self.tally = Tally()
         self.is_registered: Callable[[], bool] = lambda: True  # the worker knows, where there is a controller
         self._log_prompts = log_prompts
+        self._streams: set[asyncio.Queue[Delta | Exception | None]] = set()  # of requests that are not read to the end
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -200,18 +202,43 @@ class Core:
             logger.info("%s", record)
 
     async def stream(self, generation: Generation, record: Record) -> AsyncGenerator[Delta, None]:
-        """The engine's deltas, in a slot; closing the generator aborts the request. Raises RequestError."""
+        """The engine's deltas; closing the generator aborts the request. Raises RequestError.
+
+        A slot is held while the engine computes: what it has made waits here for a client that reads slowly.
+        """
         if self._log_prompts:
             logger.info("request %s prompt %r", record.id, generation.prompt)
         num_unfinished = generation.n
         generation = stop_at_special_tokens(generation, self.engine.tokenizer)
-        async with self.slots.take(), aclosing(self.engine.stream(generation, record.id)) as deltas:
-            async for delta in deltas:
-                record.add(delta)
-                num_unfinished -= delta.finish_reason is not None
-                yield delta
+        made: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
+        self._streams.add(made)
+        generating = asyncio.create_task(self._generate(generation, record, made))
+        try:
+            while (item := await made.get()) is not None:
+                if isinstance(item, Exception):
+                    raise item
+                num_unfinished -= item.finish_reason is not None
+                yield item
+        finally:
+            self._streams.discard(made)
+            generating.cancel()
+            await asyncio.wait((generating,), timeout=CUT_OFF_TIMEOUT_S)
         if num_unfinished:
             raise InternalError("The engine ended in the middle of the text. Send the request again later.")
+
+    async def _generate(
+        self, generation: Generation, record: Record, made: asyncio.Queue[Delta | Exception | None]
+    ) -> None:
+        """Put the engine's deltas into `made`, in a slot; at the end what went wrong, or None."""
+        try:
+            async with self.slots.take(), aclosing(self.engine.stream(generation, record.id)) as deltas:
+                async for delta in deltas:
+                    record.add(delta)
+                    made.put_nowait(delta)
+        except Exception as error:
+            made.put_nowait(error)
+        else:
+            made.put_nowait(None)
 
     @contextmanager
     def turn(self, record: Record) -> Iterator[CoreTurn]:
@@ -219,20 +246,31 @@ class Core:
         with self.slots.place() as place:
             yield CoreTurn(record, place, self._log_prompts)
 
-    async def drain(self, timeout_s: float) -> None:
-        """Wait until no request runs or waits, at most `timeout_s` seconds; then end those that are left."""
-        logger.info("draining: %d requests", self.slots.queue_length)
-        await self._until_idle(timeout_s)
-        if self.slots.queue_length:
-            logger.warning("%d requests were cut off after %g s", self.slots.queue_length, timeout_s)
-            self.slots.cut_off()
-            await self._until_idle(CUT_OFF_TIMEOUT_S)
+    async def drain(self, timeout_s: float, hurry: asyncio.Event | None = None) -> None:
+        """Wait until no request runs, waits or is unread, at most `timeout_s` seconds or until `hurry`; then end them.
 
-    async def _until_idle(self, timeout_s: float) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                while self.slots.queue_length:
-                    await asyncio.sleep(0.05)
+        The slots must be closed: what comes now is refused.
+        """
+        streams = set(self._streams)
+
+        def num_left() -> int:
+            return max(self.slots.queue_length, len(streams & self._streams))
+
+        async def until_idle(timeout_s: float, hurry: asyncio.Event) -> None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    while num_left() and not hurry.is_set():
+                        await asyncio.sleep(0.05)
+
+        logger.info("draining: %d requests", num_left())
+        started_at = time.monotonic()
+        await until_idle(timeout_s, hurry or asyncio.Event())
+        if num_left():
+            logger.warning("%d requests were cut off after %.3g s", num_left(), time.monotonic() - started_at)
+            for made in streams & self._streams:  # told at once: an engine that hangs does not let go of them
+                made.put_nowait(Overloaded(SHUT_DOWN))
+            self.slots.cut_off()
+            await until_idle(CUT_OFF_TIMEOUT_S, asyncio.Event())
 
     def _fail(self, record: Record, error: RequestError) -> None:
         record.outcome = f"error {error_code(error)}"

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Send
 
 from ipex_vllm.engines.bounds import MAX_SHOWN
@@ -117,6 +118,7 @@ class FastChatServer:
         if openai is not None:
             self.app.mount("", OpenAIServer(core, openai))  # the last one: it gets what is left
         self.app.add_exception_handler(RequestError, self._on_request_error)
+        self.app.add_exception_handler(ClientDisconnect, self._on_disconnect)
         self.app.add_exception_handler(Exception, self._on_bug)
         if api_token:
             self.app.add_middleware(BearerToken, token=api_token)
@@ -215,6 +217,10 @@ class FastChatServer:
         self.core.tally.count_error(error)
         return JSONResponse(error_payload(error))
 
+    async def _on_disconnect(self, request: Request, _: Exception) -> Response:
+        logger.debug("%s: the client went away", request.url.path)
+        return Response()  # to nobody
+
     async def _on_bug(self, request: Request, error: Exception) -> Response:
         logger.error("%s failed on a bug of this worker", request.url.path, exc_info=error)
         return JSONResponse(error_payload(bug_error()))
@@ -246,7 +252,7 @@ async def last_of(frames: AsyncGenerator[dict[str, Any], None]) -> dict[str, Any
 
 
 async def until_disconnect(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """Return what `work` returns; cancel it when the client goes away first."""
+    """Return what `work` returns; where the client goes away first, cancel it and raise ClientDisconnect."""
 
     async def disconnected() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -256,7 +262,7 @@ async def until_disconnect(request: Request, work: Coroutine[Any, Any, Result]) 
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not tasks[0].done():
-            tasks[0].cancel()
+            raise ClientDisconnect
         result: Result = await tasks[0]
         return result
     finally:

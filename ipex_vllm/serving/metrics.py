@@ -31,6 +31,7 @@ class WorkerCollector(Collector):
             yield GaugeMetricFamily(f"{PREFIX}_{name}", help, value)
         for name, value, help in (
             ("disconnects", tally.disconnects, "Requests whose client went away."),
+            ("stalled_clients", tally.stalled_clients, "Clients given up: they took or sent nothing for too long."),
             ("frames", tally.frames, "Frames streamed."),
             ("frame_bytes", tally.frame_bytes, "Bytes of frames streamed."),
             ("prompt_tokens", tally.prompt_tokens, "Prompt tokens of requests that produced a token."),

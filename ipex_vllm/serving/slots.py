@@ -9,6 +9,8 @@ from typing import Any
 
 from ipex_vllm.engines.generation import RequestError
 
+SHUT_DOWN = "This worker shut down before the request was finished. Send it again; another worker will take it."
+
 
 class Overloaded(RequestError):
     pass
@@ -53,9 +55,7 @@ class Slots:
             if task in self._tasks:  # the client is gone
                 raise
             task.uncancel()
-            raise Overloaded(
-                "This worker shut down before the request was finished. Send it again; another worker will take it."
-            ) from None
+            raise Overloaded(SHUT_DOWN) from None
         finally:
             self._tasks.discard(task)
             place.leave()

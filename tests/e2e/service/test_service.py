@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -67,6 +68,17 @@ def test_progress_is_shown_and_each_decision_has_a_reason(service: Service) -> N
 
 def test_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list().data] == ["demo"]
+
+
+def test_every_listening_socket_is_on_loopback_unless_asked(service: Service) -> None:
+    listening = {
+        (process.name(), connection.laddr.ip)
+        for process in service.tree()
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert len(listening) >= 1
+    assert {ip for _, ip in listening} <= {"127.0.0.1", "::1"}, listening
 
 
 def test_chat_streamed_and_not(client: openai.OpenAI) -> None:
