@@ -30,7 +30,8 @@ format: $(VENV)/.ready  ## reformat and fix what can be fixed
 	$(BIN)/ruff format .
 
 # PyTorch's CPU build is not on PyPI. pip finds it where its configuration names a source for it; else uv knows
-# PyTorch's own index. All else is pinned in the lock, and --no-deps keeps CUDA builds of torchvision and friends out.
+# PyTorch's own index. All else is pinned in the lock, and --no-deps keeps CUDA's libraries out. torchvision is PyPI's,
+# which is for CUDA: without the line at Python's start nothing that imports it would run beside PyTorch's CPU build.
 $(VENV)/.ready: requirements.lock pyproject.toml $(wildcard setup.py)
 	@echo "setting up $(VENV): about 3 minutes and 3 GB, once"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -41,13 +42,15 @@ $(VENV)/.ready: requirements.lock pyproject.toml $(wildcard setup.py)
 	grep -v '^torch==' requirements.lock > $(VENV)/rest.lock
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps -r $(VENV)/rest.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	echo 'import runpy; runpy.run_path("$(CURDIR)/ipex_vllm/torchvision_operators.py")["install"]()' \
+		> "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torchvision_operators.pth"
 	$(BIN)/python -m ipex_vllm.worker --help >/dev/null  # lists vLLM's options, which takes long once
 	touch $@
 
 lock:  ## resolve pyproject.toml again into requirements.lock
 	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra fastchat --extra dev --universal --python-version 3.11 \
 		--torch-backend cpu --no-annotate --no-header --quiet --output-file requirements.lock
-	sed -i "/sys_platform == 'never'/d" requirements.lock
+	sed -i -e "/sys_platform == 'never'/d" -e '/^torchvision==.*+cpu/d' -e 's/^\(torchvision==[^ ;]*\).*/\1/' requirements.lock
 
 # The environments beside the main one: envs/NAME says what each is made of, and here is where it lies. What takes long
 # to build is kept outside the checkout, which then has a link to it.

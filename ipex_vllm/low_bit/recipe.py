@@ -27,6 +27,9 @@ DECODER_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 # The layers that choose a token's experts. They are tiny, and a wrong choice is the largest error that there is.
 ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")
 
+# The up-projection of multi-head latent attention: vLLM takes it apart when it is loaded, to multiply with its halves.
+LATENT = re.compile(r"(^|\.)kv_b_proj(\.|$)")
+
 
 @dataclass(frozen=True)
 class Storage:
@@ -71,6 +74,8 @@ class Recipe:
         """How the layer called `name`, with `in_features` inputs, is stored, or in words why it stays as it is."""
         if ROUTER.search(name):
             return "a router is not quantized"
+        if LATENT.search(name):
+            return "latent attention takes the weight itself"
         format = self.head if is_head else self.outer if self.is_outer(name) else self.format
         if format is None:
             return self.head_reason

@@ -24,6 +24,8 @@ class ModelFacts:
         max_position: the longest context that the model was made for, in tokens.
         tensors: of each tensor, its shape and the bytes of an element; empty where no safetensors header says.
         is_tied: the output head is the embedding.
+        model_type: the configuration's name of the architecture.
+        is_gated_linear: some layers are linear attention of the gated delta kind (Qwen3-Next, Qwen3.5).
         num_hosts: the sizes above are for one of so many hosts, `tensors` is for all.
     """
 
@@ -34,6 +36,8 @@ class ModelFacts:
     max_position: int | None = None
     tensors: Mapping[str, tuple[tuple[int, ...], int]] = field(default_factory=dict)
     is_tied: bool = False
+    model_type: str | None = None
+    is_gated_linear: bool = False
     num_hosts: int = field(default=1, compare=False)
 
     @classmethod
@@ -57,6 +61,8 @@ class ModelFacts:
             kv_cache=read_kv_cache(text),
             max_position=number(text, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length"),
             tensors=tensors,
+            model_type=text.get("model_type"),
+            is_gated_linear=number(text, "linear_num_key_heads") is not None,
             is_tied=bool(text.get("tie_word_embeddings", bool(tensors) and "lm_head.weight" not in tensors)),
         )
 

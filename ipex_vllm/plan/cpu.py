@@ -29,6 +29,7 @@ KV_CACHE_DEFAULT_BYTES = 4 * GIB  # for a model whose size is not known before i
 # Without these, oneDNN takes bf16 apart in software. Weights 5632x2048 on 2 such cores (Ice Lake, 2.8 GHz), bf16
 # against float32: 0.9 and 2.1 ms for one row, but 8.8 and 3.5 ms for 16, and 92 and 24 ms for 256.
 BF16_ISA = ("avx512_bf16", "amx_bf16")
+MAMBA_1 = ("mamba", "falcon_mamba", "jamba")
 FLOAT32_MEMORY_SHARE = 0.7  # of the free memory, the most that weights of twice the size may take
 
 # torch.compile takes about a minute at the first start, which a model this small does not earn back.
@@ -72,6 +73,13 @@ def probe(machine: MachineFacts) -> MachineFacts:
 
 def choose(machine: MachineFacts, options: WorkerOptions, model: ModelFacts, demands: Demands) -> Plan:
     """Choose the weights' format, where nobody did, and the settings for it. Raises OptionError and EngineError."""
+    if model.model_type in MAMBA_1:
+        raise EngineError(
+            f"a model of the type {model.model_type} does not run on a CPU: vLLM has the operator of its state-space "
+            "layers, Mamba's first kind, for GPUs alone. Models of Mamba 2 run."
+        )
+    if model.is_gated_linear:
+        options = choose_bf16(options, model, demands)
     if demands.dtype is not None:
         return make_plan(machine, options, model, demands)
     options, line = choose_weights(machine, options, model)
@@ -79,8 +87,21 @@ def choose(machine: MachineFacts, options: WorkerOptions, model: ModelFacts, dem
     return replace(plan, lines=(line, *plan.lines))
 
 
+def choose_bf16(options: WorkerOptions, model: ModelFacts, demands: Demands) -> WorkerOptions:
+    """Return `options` for a model that computes in nothing else; raises OptionError where they ask for it."""
+    for flag, value in (("--dtype", demands.dtype), ("--low-bit", options.low_bit)):
+        if value in ("float32", "float16", "fp32", "fp16"):
+            raise OptionError(
+                f"{flag} {value}: on a CPU the model's gated linear attention is computed in bf16 alone; leave it out"
+            )
+    has_own_format = options.low_bit is not None or model.is_quantized
+    return options if has_own_format else replace(options, low_bit="bf16")
+
+
 def choose_weights(machine: MachineFacts, options: WorkerOptions, model: ModelFacts) -> tuple[WorkerOptions, str]:
     """Return `options` with a weight format, where the user chose none and the machine makes one better; and why."""
+    if model.is_gated_linear and options.low_bit == "bf16":
+        return options, "weights: bf16 (in which alone vLLM computes gated linear attention on a CPU)"
     if options.low_bit is not None:
         return options, f"weights: {options.low_bit} (chosen with --low-bit)"
     if model.is_quantized:

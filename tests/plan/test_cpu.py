@@ -461,6 +461,24 @@ def test_each_of_several_hosts_needs_memory_for_its_share_alone(small_box):
     assert ModelFacts().share_of(2) == ModelFacts()
 
 
+def test_gated_linear_attention_is_computed_in_bf16_also_where_float32_would_be_faster(small_box):
+    machine, model = small_box.probe(), replace(MODEL_1B, is_gated_linear=True)
+    plan = cpu.choose(machine, WorkerOptions(), model, Demands())
+    assert plan.low_bit == "bf16"
+    assert line(plan, "weights") == "weights: bf16 (in which alone vLLM computes gated linear attention on a CPU)"
+    assert cpu.choose(machine, WorkerOptions(low_bit="sym_int4"), model, Demands()).low_bit == "sym_int4"
+    assert cpu.choose(machine, WorkerOptions(), replace(model, is_quantized=True), Demands()).low_bit is None
+    for options, demands in ((WorkerOptions(low_bit="fp32"), Demands()), (WorkerOptions(), Demands(dtype="float32"))):
+        with pytest.raises(OptionError, match="in bf16 alone; leave it out"):
+            cpu.choose(machine, options, model, demands)
+
+
+@pytest.mark.parametrize("model_type", cpu.MAMBA_1)
+def test_a_model_whose_operator_does_not_exist_is_told_before_anything_loads(small_box, model_type):
+    with pytest.raises(EngineError, match=r"for GPUs alone\. Models of Mamba 2 run"):
+        cpu.choose(small_box.probe(), WorkerOptions(), replace(MODEL_1B, model_type=model_type), Demands())
+
+
 def test_without_bf16_instructions_float32_is_chosen_where_it_fits(small_box):
     machine = replace(small_box.probe(), isa=("avx2", "avx512f", "avx512_vnni"), memory_available=16 * GIB)
     model = replace(MODEL_1B, weight_bytes=2 * GIB)

@@ -90,13 +90,13 @@ class LowBitConfig(QuantizationConfig):  # type: ignore[misc]
         return importance.read(self.importance_file)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if self.recipe is None:  # a vLLM config is at hand only while the model is built
+            self.recipe = recipe_on_load(self.format)
         if isinstance(layer, LinearBase | ParallelLMHead):
-            if self.recipe is None:  # a vLLM config is at hand only while the model is built
-                self.recipe = recipe_on_load(self.format)
             found = importance.find(self.importances, prefix, self.packed_modules_mapping)
             return self.method(self.recipe, self.progress, prefix, found)
         if isinstance(layer, VocabParallelEmbedding):
-            return EmbeddingMethod()
+            return EmbeddingMethod(self.recipe, self.progress, prefix)
         if isinstance(layer, RoutedExperts):
             self.progress.keep_layer(prefix, "experts are not quantized")
             return UnquantizedFusedMoEMethod(layer.moe_config)

@@ -19,6 +19,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScaleParameter, ModelWeightParameter
 
+from ipex_vllm.low_bit.kernels.base import LowBitLinear
 from ipex_vllm.low_bit.layout import from_tensors, meta_tensors
 from ipex_vllm.low_bit.linear import make_linear
 from ipex_vllm.low_bit.memory import forget_pages
@@ -28,10 +29,36 @@ from ipex_vllm.low_bit.vllm.progress import Progress
 
 
 class EmbeddingMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
-    """An embedding as it is. vLLM would pack a second copy of it for a matmul that only an output head does."""
+    """An embedding as it is, and a quantized copy of it where the model has it for its output head, too.
+
+    Gemma 2 and Cohere multiply with the embedding itself, which only the first such call tells: vLLM's own, when it
+    measures the memory that a step takes.
+    """
+
+    def __init__(self, recipe: Recipe, progress: Progress, prefix: str) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.progress = progress
+        self.prefix = prefix
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        pass
+        pass  # vLLM would pack a second copy for a matmul that only an output head does
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if not hasattr(layer, "low_bit"):
+            layer.low_bit = self.quantized_head(layer.weight, x.dtype)
+        y: torch.Tensor = super().apply(layer, x, bias) if layer.low_bit is None else layer.low_bit(x, bias)
+        return y
+
+    def quantized_head(self, weight: torch.Tensor, dtype: torch.dtype) -> LowBitLinear | None:
+        storage = self.recipe.storage(self.prefix, weight.shape[1], is_head=True)
+        if isinstance(storage, str):
+            self.progress.keep_layer(self.prefix, storage)
+            self.progress.report_kept_layers()
+            return None
+        linear = make_linear(quantize(weight.detach(), storage.format, storage.group_size or 0), dtype)
+        self.progress.report_kernels([linear])
+        return linear
 
 
 class KeptLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]

@@ -53,8 +53,11 @@ class Progress:
         self.finished.append(linear)
         if len(self.finished) == self.expected:
             self.bar.close()
-            for line in summarize(self.finished):
-                logger.info("%s", line)
+            self.report_kernels(self.finished)
             self.finished.clear()
             self.report_kept_layers()
             trim_heap()
+
+    def report_kernels(self, linears: list[LowBitLinear]) -> None:
+        for line in summarize(linears):
+            logger.info("%s", line)

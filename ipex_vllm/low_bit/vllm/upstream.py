@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe.router import cpu_router
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.platforms import current_platform
+
+from ipex_vllm.low_bit.vllm.config import LowBitConfig
+
+rotate = RotaryEmbedding.forward_cpu
+route = cpu_router.CPURouter._compute_routing
+make_head = ParallelLMHead.__init__
 
 
 def mend() -> None:
-    """Mend all of them."""
-    allow_amx()
+    """Mend all of them; a second call changes nothing."""
     load_compiled()
+    ParallelLMHead.__init__ = make_head_with_config
+    if current_platform.is_cpu():
+        allow_amx()
+        RotaryEmbedding.forward_cpu = rotate_heads
+        cpu_router.CPURouter._compute_routing = route_with_bias
 
 
 def allow_amx() -> None:
@@ -33,3 +51,55 @@ def load_compiled() -> None:
         """Nothing is left to load."""
 
     BundledAOTAutogradSerializableCallable.finalize_loading = finalize_loading  # type: ignore[attr-defined]
+
+
+def rotate_heads(
+    self: Any, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rotary embedding of queries [tokens, heads, head_size], which upstream's operator takes for another shape.
+
+    So it answered wrongly, in silence, for MLA without yarn (GLM-4.7-Flash) and for LFM2.
+    """
+    if query.dim() == 3:
+        return self.forward_native(positions, query, key)  # type: ignore[no-any-return]
+    return rotate(self, positions, query, key)  # type: ignore[no-any-return]
+
+
+def route_with_bias(
+    self: Any,
+    hidden_states: torch.Tensor,
+    router_logits: torch.Tensor,
+    indices_type: torch.dtype | None,
+    *,
+    input_ids: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A token's experts, chosen with the correction bias, which upstream leaves out where experts have no groups.
+
+    ERNIE 4.5 got other experts than its own by that, and MiniMax-M2, with its sigmoid, an assertion.
+    """
+    is_plain = not self.use_grouped_topk and self.custom_routing_function is None
+    has_bias = self.e_score_correction_bias is not None
+    if is_plain and (self.scoring_func == "sigmoid" or (self.scoring_func == "softmax" and has_bias)):
+        return cpu_router._grouped_topk(  # type: ignore[no-any-return]
+            router_logits,
+            self.top_k,
+            self.renormalize,
+            num_expert_group=1,
+            topk_group=1,
+            scoring_func=self.scoring_func,
+            routed_scaling_factor=self.routed_scaling_factor,
+            e_score_correction_bias=self.e_score_correction_bias,
+        )
+    return route(self, hidden_states, router_logits, indices_type, input_ids=input_ids)  # type: ignore[no-any-return]
+
+
+@functools.wraps(make_head)
+def make_head_with_config(self: Any, *arguments: Any, **options: Any) -> None:
+    """An output head that is quantized though its model does not hand the configuration on.
+
+    gpt-oss, Qwen3-Next, Falcon-H1, Mamba 2, OPT and BLOOM do not.
+    """
+    config = get_current_vllm_config().quant_config
+    if isinstance(config, LowBitConfig) and len(arguments) < 7 and options.get("quant_config") is None:
+        options["quant_config"] = config
+    make_head(self, *arguments, **options)

@@ -1,0 +1,125 @@
+"""What of vLLM and torchvision is put right, and that it still is wrong there: where it is not, the mend can go."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.extension import _has_ops
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+from ipex_vllm.low_bit.vllm import upstream
+from ipex_vllm.low_bit.vllm.config import CONFIGS
+
+NUM_TOKENS, NUM_HEADS, HEAD_SIZE = 5, 4, 32
+
+
+@pytest.fixture(autouse=True)
+def vllm_config() -> Iterator[VllmConfig]:
+    config = VllmConfig()
+    with set_current_vllm_config(config):
+        yield config
+
+
+def run(program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
+
+
+def test_torchvision_is_imported_beside_pytorchs_cpu_build_by_whatever_imports_it_first() -> None:
+    resize = (
+        "import torchvision.transforms.v2.functional as v; print(v.resize(torch.ones(3, 8, 8), [4, 4]).sum().item())"
+    )
+    assert "48.0" in run(f"import torch, ipex_vllm; {resize}")
+    assert "48.0" in run(f"import torch; {resize}"), "`make` sets up every program of the environment"
+
+
+def test_torchvision_still_needs_its_operators_defined() -> None:
+    without = "import sys; sys.meta_path = [f for f in sys.meta_path if 'DefineBeforeImport' not in repr(f)]"
+    assert _has_ops() or "operator torchvision::nms does not exist" in run(f"{without}; import torchvision")
+
+
+def rotary() -> tuple[RotaryEmbedding, torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    layer = RotaryEmbedding(HEAD_SIZE, HEAD_SIZE, 64, 10000.0, True, torch.float32)
+    query = torch.randn(NUM_TOKENS, NUM_HEADS, HEAD_SIZE)
+    key = torch.randn(NUM_TOKENS, 1, HEAD_SIZE)
+    return layer, torch.arange(NUM_TOKENS), query, key
+
+
+def test_heads_in_a_dimension_of_their_own_are_rotated_as_those_beside_each_other() -> None:
+    layer, positions, query, key = rotary()
+    expected_query, expected_key = layer.forward_native(positions, query.flatten(1), key.flatten(1))
+    rotated_query, rotated_key = upstream.rotate_heads(layer, positions, query.clone(), key.clone())
+    assert torch.allclose(rotated_query.flatten(1), expected_query, atol=1e-6)
+    assert rotated_key is not None
+    assert torch.allclose(rotated_key.flatten(1), expected_key, atol=1e-6)
+    flat_query, _ = upstream.rotate_heads(layer, positions, query.flatten(1), key.flatten(1))
+    assert torch.allclose(flat_query, expected_query, atol=1e-6)
+
+
+def test_vllm_still_rotates_heads_in_a_dimension_of_their_own_wrongly() -> None:
+    layer, positions, query, key = rotary()
+    expected, _ = layer.forward_native(positions, query, key)
+    rotated, _ = upstream.rotate(layer, positions, query.clone(), key.clone())
+    assert not torch.allclose(rotated, expected, atol=1e-3)
+
+
+LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+BIAS = torch.tensor([0.0, 0.0, 0.0, 5.0])
+
+
+def router(scoring_func: str) -> CPURouter:
+    return CPURouter(
+        2, 4, scoring_func=scoring_func, e_score_correction_bias=BIAS, renormalize=False, routed_scaling_factor=2.0
+    )
+
+
+@pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid"])
+def test_the_correction_bias_chooses_experts_and_does_not_weigh_them(scoring_func: str) -> None:
+    scores = LOGITS.softmax(-1) if scoring_func == "softmax" else LOGITS.sigmoid()
+    weights, ids = upstream.route_with_bias(router(scoring_func), LOGITS, LOGITS, None)
+    chosen = dict(zip(ids[0].tolist(), weights[0].tolist(), strict=True))
+    assert chosen == pytest.approx({3: 2 * scores[0, 3].item(), 0: 2 * scores[0, 0].item()})
+
+
+def test_vllm_still_leaves_the_correction_bias_out() -> None:
+    _, ids = upstream.route(router("softmax"), LOGITS, LOGITS, None)
+    assert sorted(ids[0].tolist()) == [0, 1]
+    with pytest.raises(AssertionError):
+        upstream.route(router("sigmoid"), LOGITS, LOGITS, None)
+
+
+def test_a_head_is_quantized_though_its_model_does_not_hand_the_configuration_on(
+    vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(upstream, "make_head", lambda self, *_, **options: seen.append(options.get("quant_config")))
+    upstream.make_head_with_config(object(), 64, 128, prefix="lm_head")
+    vllm_config.quant_config = ours = CONFIGS[0]()
+    upstream.make_head_with_config(object(), 64, 128, prefix="lm_head")
+    upstream.make_head_with_config(object(), 64, 128, quant_config="its own")
+    vllm_config.quant_config = object()  # another method than ours
+    upstream.make_head_with_config(object(), 64, 128)
+    assert seen == [None, ours, "its own", None]
+
+
+MODELS_WITHOUT = ("gpt_oss", "qwen3_next", "falcon_h1", "mamba2", "bloom", "opt")
+
+
+@pytest.mark.parametrize("name", MODELS_WITHOUT)
+def test_vllms_model_still_does_not_hand_it_on(name: str) -> None:
+    source = (Path(upstream.cpu_router.__file__).parents[3] / "models" / f"{name}.py").read_text()
+    call = source.split("ParallelLMHead(", 1)[1].split("prefix=", 1)[0]
+    assert "quant_config" not in call
+
+
+def test_vllms_cpu_library_still_has_no_state_space_operator_of_the_first_kind() -> None:
+    """Where this fails, `plan.cpu.MAMBA_1` is no longer needed."""
+    import vllm._custom_ops  # noqa: F401
+
+    assert not hasattr(torch.ops._C, "selective_scan_fwd")
