@@ -1,6 +1,6 @@
 # What a person types, and what CI calls. `make serve` and `make test` set up what they need, once.
 PYTHON ?= python3
-MODEL ?= demo
+MODEL ?= smollm2
 DEVICE ?= cpu
 
 VENV := .venv

@@ -133,7 +133,7 @@ class WorkerOptions:
     """Where a worker listens, what it serves and how much it takes on."""
 
     model_path: str = option(
-        'model directory or Hugging Face name; "demo" is the model in this package', "demo", parse=path_or_name
+        'model directory, GGUF file or Hugging Face name; "demo" and "smollm2" come along', "demo", parse=path_or_name
     )
     model_names: str | None = option(
         "names shown to clients, comma separated; default: the model path's last part", None, parse=names
@@ -201,7 +201,7 @@ def model_name(model_path: str) -> str:
     path = Path(model_path)
     if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
         return path.parents[1].name.rpartition("--")[2]
-    return path.name
+    return path.name.removesuffix(".gguf")
 
 
 class Parser(argparse.ArgumentParser):

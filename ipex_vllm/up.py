@@ -243,7 +243,8 @@ def welcome(options: UpOptions, workers: Sequence[dict[str, Any]]) -> str:
     if options.only is not None:
         return f"[bold]Ready:[/] {options.only}, with the controller at {options.controller_url}"
     names = as_word(workers[0].get("model-names") or model_name(str(workers[0]["model-path"])))
-    message = {"role": "user", "content": "What does itertools.chain do?"}
+    question = "What does itertools.chain do?" if workers[0]["model-path"] == "demo" else "What is gravity?"
+    message = {"role": "user", "content": question}
     body = json.dumps({"model": names.split(",")[0], "messages": [message]})
     lines = [
         "",

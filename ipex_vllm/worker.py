@@ -30,8 +30,9 @@ from ipex_vllm.demo import resolve_model_path
 from ipex_vllm.engines.engine import Engine
 from ipex_vllm.engines.generation import RequestError
 from ipex_vllm.engines.load import ENGINES, EngineLoader
-from ipex_vllm.errors import EngineError, root_cause, run_main
+from ipex_vllm.errors import EngineError, OptionError, root_cause, run_main
 from ipex_vllm.lifetime import die_with_parent, stop_signals
+from ipex_vllm.low_bit import gguf_directory
 from ipex_vllm.machine.checkpoint import check_files
 from ipex_vllm.machine.facts import MachineFacts
 from ipex_vllm.machine.model import ModelFacts
@@ -109,7 +110,7 @@ def read_options(
     args = parser.parse_args(layered_arguments(parser, arguments))
     if args.model_names is None:
         args.model_names = model_name(args.model_path)
-    args.model_path = resolve_model_path(args.model_path)
+    args.model_path = model_directory(engine_class, resolve_model_path(args.model_path))
     options: WorkerOptions = from_namespace(WorkerOptions, args)
     engine_args = argparse.Namespace(**{name: vars(args)[name] for name in vars(args).keys() - vars(options).keys()})
     check_model_directory(options.model_path)
@@ -176,6 +177,21 @@ def told_when_not_installed() -> Iterator[None]:
         raise EngineError(
             f"the engine's model library cannot be imported: {root_cause(error)}; docs/engines.md names what each needs"
         ) from error
+
+
+def model_directory(engine_class: type[Engine], model_path: str) -> str:
+    """The directory that stands for a GGUF file, and any other model as it is. Raises OptionError and EngineError."""
+    try:
+        directory = gguf_directory(model_path)
+    except ValueError as error:
+        raise EngineError(f"--model-path: {error}") from error
+    if directory is None:
+        return model_path
+    if not engine_class.reads_gguf:
+        raise OptionError(
+            f"--model-path {model_path}: GGUF files are read by --engine vllm, not by {engine_class.name}"
+        )
+    return str(directory)
 
 
 def check_model_directory(model_path: str) -> None:

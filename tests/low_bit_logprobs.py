@@ -1,7 +1,8 @@
 """The log-probability that vLLM gives each token of a fixed prompt: python -m tests.low_bit_logprobs JSON.
 
 JSON is a list of vLLM's engine arguments, for one model after the other. After each, a line begins with RESULT and
-holds, as JSON, the log-probabilities, or the error's message.
+holds, as JSON, the log-probabilities, or the error's message. Beside vLLM's arguments there are `exact`, for the kernel
+that rounds no activations, and `prompt`, for other token ids.
 """
 
 import json
@@ -11,7 +12,11 @@ import sys
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
+from ipex_vllm.low_bit import linear
+from ipex_vllm.low_bit.kernels.dequantize import DequantizingLinear
+
 PROMPT = [(7 * i * i + 3) % 128 for i in range(40)]
+KERNELS = linear.KERNELS
 SETTINGS = {
     "max_model_len": 64,
     "max_num_seqs": 4,
@@ -23,11 +28,13 @@ SETTINGS = {
 
 
 def logprobs(arguments: dict[str, object]) -> list[float]:
+    prompt = arguments.pop("prompt", PROMPT)
+    linear.KERNELS = (DequantizingLinear,) if arguments.pop("exact", False) else KERNELS
     llm = LLM(**{**SETTINGS, **arguments})
     sampling = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-    output = llm.generate({"prompt_token_ids": PROMPT}, sampling, use_tqdm=False)[0]
+    output = llm.generate({"prompt_token_ids": prompt}, sampling, use_tqdm=False)[0]
     llm.llm_engine.engine_core.shutdown()
-    return [entry[token].logprob for token, entry in zip(PROMPT[1:], output.prompt_logprobs[1:], strict=True)]
+    return [entry[token].logprob for token, entry in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
 
 
 def main() -> None:

@@ -140,7 +140,7 @@ def test_every_command_is_run_by_a_test_or_says_that_it_is_not() -> None:
 def test_make_serve_and_make_test_run_what_is_tested() -> None:
     """tests/e2e/service/test_service.py starts the first, and this is run by the second."""
     for target, last in (
-        ("serve", ".venv/bin/python -m ipex_vllm.up --model-path 'demo' --device cpu"),
+        ("serve", ".venv/bin/python -m ipex_vllm.up --model-path 'smollm2' --device cpu"),
         ("test", ".venv/bin/python -m pytest -n 2 --dist loadfile"),
     ):
         # --no-print-directory: under `make test` this is a make in a make, which would end with a line of its own.
@@ -171,7 +171,7 @@ def test_flags() -> None:
 
 
 def test_the_curl_of_the_readme_is_the_one_that_is_printed() -> None:
-    """tests/e2e/service/test_service.py runs it."""
+    """tests/e2e/test_smollm2.py runs it."""
     [curl] = [words for words in commands(ROOT / "README.md") if words[0] == "curl"]
-    printed = welcome(UpOptions(), [{"model-path": "demo"}]).partition("Try it:\n")[2].partition("Ctrl-C")[0]
+    printed = welcome(UpOptions(), [{"model-path": "smollm2"}]).partition("Try it:\n")[2].partition("Ctrl-C")[0]
     assert curl == shlex.split(printed.replace("\\\n", " ").replace("\\[", "["))

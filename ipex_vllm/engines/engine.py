@@ -20,6 +20,7 @@ class Engine(abc.ABC):
     """A loaded model. Only engine modules see a model library; only `RequestError`s leave them once started."""
 
     name: ClassVar[str]
+    reads_gguf: ClassVar[bool] = False
 
     @classmethod
     @abc.abstractmethod

@@ -51,6 +51,7 @@ QUIET = {
 
 class VllmEngine(Engine):
     name = "vLLM"
+    reads_gguf = True
 
     def __init__(self, llm: Any, args: argparse.Namespace) -> None:
         self._llm = llm

@@ -9,6 +9,7 @@ from typing import Any
 
 from ipex_vllm.low_bit.formats import FORMATS, Format, resolve
 from ipex_vllm.low_bit.recipe import on_load
+from ipex_vllm.machine.gguf import find_files
 
 
 def choose_format(low_bit: str | None, head: str | None, device: str, outer: str | None = None) -> Format | None:
@@ -42,27 +43,49 @@ def vllm_arguments(
     for. Raises also as `choose_format`.
     """
     format = choose_format(low_bit, head, device, outer)
-    if format is not None and format.kind == "dtype":
-        return {"dtype": format.dtype}
+    is_dtype = format is not None and format.kind == "dtype"
+    dtype = {"dtype": format.dtype} if format is not None and is_dtype else {}
     if head is None and outer is None and is_plain(model_path):  # told without PyTorch, which the readers import
-        return {} if format is None else {"quantization": f"ipex_{format.name}"}
+        return dtype if format is None or is_dtype else {"quantization": f"ipex_{format.name}"}
     from ipex_vllm.low_bit.readers import ours, quantized_in
 
-    existing = quantized_in(model_path)
+    try:
+        existing = quantized_in(model_path)
+    except ValueError:
+        if is_dtype:  # vLLM says it, of a name that is only known to it
+            return dtype
+        raise
     if existing is None:
-        if format is None:
-            return {}
+        if format is None or is_dtype:
+            return dtype
         wishes = {name: wish for name, wish in ((ours.HEAD, head), (ours.OUTER, outer)) if wish is not None}
         return {"quantization": f"ipex_{format.name}"} | ({"additional_config": wishes} if wishes else {})
     for flag, wish in (("--low-bit-head", head), ("--low-bit-outer", outer)):
         if wish is not None:
             raise ValueError(f"{model_path} is already quantized ({existing.description}): leave {flag} out")
-    if format is not None and format.name != existing.format_name:
+    if format is not None and not is_dtype and format.name != existing.format_name:
         raise ValueError(
             f"{model_path} is already quantized ({existing.description}): leave --low-bit out to serve it as it is, or "
             f"give the original checkpoint to quantize that to {format.name}"
         )
-    return existing.vllm_arguments
+    if device == "xpu" and not existing.runs_on_xpu:
+        raise ValueError(f"{model_path} has no kernel on XPU ({existing.description})")
+    return existing.vllm_arguments | dtype
+
+
+def gguf_directory(model_path: str) -> Path | None:
+    """The directory that stands for a GGUF file, or for a directory with one; None for any other model.
+
+    Raises ValueError, in one line, for a file that is broken, or whose model is not read.
+    """
+    files = find_files(model_path)
+    if not files:
+        return None
+    try:
+        from ipex_vllm.low_bit.readers.gguf import model_directory
+    except ImportError as error:
+        raise ValueError(f"{model_path} is a GGUF file, for which {error.name} has to be installed") from error
+    return model_directory(files)
 
 
 def is_plain(model_path: str) -> bool:

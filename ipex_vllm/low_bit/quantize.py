@@ -96,7 +96,7 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> t
     rows = max(1, CHUNK_WEIGHTS // weight.codes.shape[1])
     for start in range(0, len(result), rows):
         part = slice(start, start + rows)
-        grouped = _numbers(weight.codes[part], weight.format).view(*weight.scales[part].shape, -1)
+        grouped = numbers(weight.codes[part], weight.format).view(*weight.scales[part].shape, -1)
         grouped *= weight.scales[part].float().unsqueeze(-1)
         if weight.mins is not None:
             grouped += weight.mins[part].float().unsqueeze(-1)
@@ -105,7 +105,7 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> t
     return result
 
 
-def _numbers(codes: torch.Tensor, format: Format) -> torch.Tensor:
+def numbers(codes: torch.Tensor, format: Format) -> torch.Tensor:
     """What the codes stand for before the scale is applied, in float32."""
     if format.kind == "table":
         # Three times as fast as indexing, which does not know that the table has one dimension.

@@ -25,7 +25,8 @@ def weight_files(folder: Path) -> list[Path]:
         indexed = set(read_index(folder / SAFETENSORS_INDEX).values())
         chosen = [file for file in files if file.name in indexed]
         return chosen or [file for file in files if not is_mistrals(file)] or files
-    return [file for file in sorted(folder.glob("*.bin")) if file.name not in NOT_WEIGHTS]
+    files = [file for file in sorted(folder.glob("*.bin")) if file.name not in NOT_WEIGHTS]
+    return files or sorted(folder.glob("*.gguf"))
 
 
 def is_mistrals(file: Path) -> bool:

@@ -26,6 +26,7 @@ class ModelFacts:
         is_tied: the output head is the embedding.
         model_type: the configuration's name of the architecture.
         is_gated_linear: some layers are linear attention of the gated delta kind (Qwen3-Next, Qwen3.5).
+        quantization: what the quantized weights are, where the configuration says it in words.
         num_hosts: the sizes above are for one of so many hosts, `tensors` is for all.
     """
 
@@ -38,6 +39,7 @@ class ModelFacts:
     is_tied: bool = False
     model_type: str | None = None
     is_gated_linear: bool = False
+    quantization: str = ""
     num_hosts: int = field(default=1, compare=False)
 
     @classmethod
@@ -50,14 +52,15 @@ class ModelFacts:
         if not isinstance(config, dict):
             return cls()
         # Some repositories hold the weights twice, under the second name as well.
-        patterns = ("model*.safetensors", "*.safetensors", "pytorch_model*.bin")
+        patterns = ("model*.safetensors", "*.safetensors", "pytorch_model*.bin", "*.gguf")
         files = next((files for pattern in patterns if (files := list(folder.glob(pattern)))), [])
         text = text_part(config)
-        tensors = read_headers(files)
+        tensors = read_headers([file for file in files if file.suffix != ".gguf"])
         return cls(
             weight_bytes=sum(file.stat().st_size for file in files) or None,
             embedding_bytes=2 * (number(text, "vocab_size") or 0) * (number(text, "hidden_size") or 0),
             is_quantized=text.get("quantization_config") is not None,
+            quantization=str((text.get("quantization_config") or {}).get("summary", "")),
             kv_cache=read_kv_cache(text),
             max_position=number(text, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length"),
             tensors=tensors,

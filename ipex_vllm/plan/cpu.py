@@ -105,7 +105,8 @@ def choose_weights(machine: MachineFacts, options: WorkerOptions, model: ModelFa
     if options.low_bit is not None:
         return options, f"weights: {options.low_bit} (chosen with --low-bit)"
     if model.is_quantized:
-        return options, "weights: as they are in the checkpoint, which is quantized"
+        what = f" ({model.quantization})" if model.quantization else ""
+        return options, f"weights: as they are in the checkpoint, which is quantized{what}"
     if any(flag in machine.isa for flag in BF16_ISA):
         return options, "weights: the checkpoint's own dtype (this CPU computes in bf16)"
     wanted = 2 * (model.weight_bytes or machine.memory_available) + PROCESS_MEMORY_BYTES

@@ -21,6 +21,7 @@ class LowBitLinear(nn.Module):
         dtypes: those of the activations.
         group_sizes: how many inputs may share a scale, None for all of an output channel's; empty for any number.
         outputs_multiple: what out_features must be a multiple of.
+        has_rows: whether `rows` writes rows of its packed weight out, so that an embedding can share it.
     """
 
     kernel = ""
@@ -28,6 +29,7 @@ class LowBitLinear(nn.Module):
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
     group_sizes: tuple[int | None, ...] = ()
     outputs_multiple = 1
+    has_rows = False
 
     @classmethod
     def unavailable_reason(
@@ -66,6 +68,10 @@ class LowBitLinear(nn.Module):
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`forward` of inputs that are scaled already."""
+        raise NotImplementedError
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """The rows of the weight with these numbers, int64 [...]: float32 [..., in_features]."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:

@@ -15,6 +15,7 @@ from ipex_vllm.low_bit.quantize import QuantizedWeight
 GROUP_SIZES = (32, 64)
 ROW = 0  # in place of a group size: one scale per output
 TILE_OUTPUTS = 32
+TERM_BYTES = 2 * TILE_OUTPUTS  # of a group's scales
 BLOCK_INPUTS = 64  # of weights without groups
 
 ISAS = {1: "avx2", 2: "avx_vnni", 3: "avx512_vnni", 4: "amx"}
@@ -121,6 +122,20 @@ torch.library.define(
 torch.library.register_fake("ipex_vllm::w8a8_linear", _linear_shape)
 
 
+def rows(packed: Tensor, ids: Tensor, in_features: int, group_size: int) -> Tensor:
+    """The rows with the numbers `ids`, int64 [...], of the weight that `pack` packed in groups: float32 [..., K]."""
+    groups = in_features // group_size
+    tiles = packed.view(-1, groups, TERM_BYTES + group_size * TILE_OUTPUTS)
+    flat = ids.flatten()
+    tile, output = flat // TILE_OUTPUTS, flat % TILE_OUTPUTS
+    # [tile, block, line, half, lane, byte], of which a row is one half and lane: [row, block, line, byte]
+    lines = tiles[..., TERM_BYTES:].view(-1, groups, group_size // 4, 2, TILE_OUTPUTS // 2, 4)
+    codes = lines[tile, :, :, output // 16, output % 16].flatten(2).float() - 128
+    scales = tiles[..., :TERM_BYTES].view(-1, groups, TILE_OUTPUTS, 2)[tile, :, output].contiguous()
+    values: Tensor = codes * scales.view(torch.float16).float()
+    return values.view(*ids.shape, in_features)
+
+
 class W8A8Linear(LowBitLinear):
     """This package's int8 matmul, with activations rounded to int8 in groups of inputs."""
 
@@ -136,7 +151,11 @@ class W8A8Linear(LowBitLinear):
     def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
         super().__init__(weight, dtype)
         self.inputs_per_scale = weight.group_size or ROW
+        self.has_rows = self.inputs_per_scale != ROW
         self.register_buffer("packed", pack(weight.codes, weight.scales.float()), persistent=False)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return linear(x, self.packed, bias, self.out_features, self.inputs_per_scale)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        return rows(self.packed, ids, self.in_features, self.inputs_per_scale)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from ipex_vllm.low_bit.architecture import read_config
-from ipex_vllm.low_bit.readers import ipex_llm, ours
+from ipex_vllm.low_bit.readers import gguf, ipex_llm, ours
 from ipex_vllm.low_bit.readers.base import ExistingQuantization, Reader
 
-READERS: tuple[Reader, ...] = (ours, ipex_llm)
+READERS: tuple[Reader, ...] = (ours, ipex_llm, gguf)
+# The readers of files that vLLM does not read, by the load format under which they are registered with it.
+FORMATS_OF_FILES: dict[str, Reader] = {ipex_llm.LOAD_FORMAT: ipex_llm, gguf.LOAD_FORMAT: gguf}
 
 
 def quantized_in(model_path: str) -> ExistingQuantization | None:

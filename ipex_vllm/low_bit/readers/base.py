@@ -12,11 +12,12 @@ import torch
 
 @dataclass(frozen=True)
 class ExistingQuantization:
-    """How a checkpoint is quantized. `format_name` is None if that is none of ours."""
+    """How a checkpoint is quantized. `format_name` is None if that is none of ours, or several."""
 
     format_name: str | None
     description: str
     vllm_arguments: dict[str, Any] = field(default_factory=dict)
+    runs_on_xpu: bool = True
 
 
 class Reader(Protocol):

@@ -35,7 +35,7 @@ class LowBitConfig(QuantizationConfig):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
-        self.progress = Progress(self.format)
+        self.progress = Progress(self.format.name)
         self.method: type[LowBitMethod] = QuantizeOnLoad
         self.recipe: Recipe | None = None
         self.importance_file: Path | None = None

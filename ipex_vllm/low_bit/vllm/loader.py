@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from ipex_vllm.low_bit.readers import ipex_llm
+from ipex_vllm.low_bit.readers import FORMATS_OF_FILES
 
 
-class IpexLlmLoader(DefaultModelLoader):  # type: ignore[misc]
-    """Loads a local checkpoint that ipex-llm's `save_low_bit` wrote."""
+class FilesLoader(DefaultModelLoader):  # type: ignore[misc]
+    """Loads a local directory through the reader whose load format vLLM was given."""
 
     def download_model(self, model_config: Any) -> None:
         pass
 
     def _get_weights_iterator(self, source: DefaultModelLoader.Source) -> Iterator[tuple[str, torch.Tensor]]:
-        return ipex_llm.read(Path(source.model_or_path))
+        return FORMATS_OF_FILES[self.load_config.load_format].read(Path(source.model_or_path))

@@ -8,7 +8,6 @@ from tqdm import tqdm
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
-from ipex_vllm.low_bit.formats import Format
 from ipex_vllm.low_bit.kernels.base import LowBitLinear
 from ipex_vllm.low_bit.linear import summarize
 from ipex_vllm.low_bit.memory import trim_heap
@@ -23,9 +22,10 @@ class Progress:
 
     Another one for each reason why layers stay as they are."""
 
-    def __init__(self, format: Format) -> None:
-        self.format = format
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.expected = 0
+        self.num_finished = 0
         self.bar: tqdm[Any] | None = None
         self.finished: list[LowBitLinear] = []
         self.kept: list[tuple[str, str]] = []
@@ -43,15 +43,19 @@ class Progress:
             logger.info("%s", line)
         self.kept.clear()
 
-    def finish_layer(self, linear: LowBitLinear) -> None:
+    def finish_head(self, linear: LowBitLinear) -> None:
+        """Note an output head that is no layer of its own."""
+        self.finished.append(linear)
+
+    def finish_layer(self, *linears: LowBitLinear) -> None:
+        """Note a layer, whose parts may have kernels of their own."""
         if self.bar is None:
             is_first_rank = get_tensor_model_parallel_rank() == 0
-            self.bar = tqdm(
-                total=self.expected, desc=f"Loading {self.format.name}", unit="layer", disable=not is_first_rank
-            )
+            self.bar = tqdm(total=self.expected, desc=f"Loading {self.name}", unit="layer", disable=not is_first_rank)
         self.bar.update()
-        self.finished.append(linear)
-        if len(self.finished) == self.expected:
+        self.num_finished += 1
+        self.finished += linears
+        if self.num_finished == self.expected:
             self.bar.close()
             self.report_kernels(self.finished)
             self.finished.clear()

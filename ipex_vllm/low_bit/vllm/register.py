@@ -5,15 +5,18 @@ from __future__ import annotations
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.model_loader import register_model_loader
 
-from ipex_vllm.low_bit.readers import ipex_llm
+from ipex_vllm.low_bit.readers import FORMATS_OF_FILES, gguf
 from ipex_vllm.low_bit.vllm import upstream
 from ipex_vllm.low_bit.vllm.config import CONFIGS
-from ipex_vllm.low_bit.vllm.loader import IpexLlmLoader
+from ipex_vllm.low_bit.vllm.gguf import GgufConfig
+from ipex_vllm.low_bit.vllm.loader import FilesLoader
 
 
 def register() -> None:
-    """Give vLLM one quantization method per format, `ipex_sym_int4` and so on, and a loader; mend its own faults."""
+    """Give vLLM our quantization methods, `ipex_sym_int4` and so on, and what reads other files; mend its faults."""
     upstream.mend()
     for config_class in CONFIGS:
         register_quantization_config(config_class.get_name())(config_class)
-    register_model_loader(ipex_llm.LOAD_FORMAT)(IpexLlmLoader)
+    register_quantization_config(gguf.METHOD)(GgufConfig)
+    for load_format in FORMATS_OF_FILES:
+        register_model_loader(load_format)(FilesLoader)
