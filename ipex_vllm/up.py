@@ -161,14 +161,16 @@ async def gets_ok(url: str, token: str | None = None) -> bool:
 
 
 async def chats(api_url: str) -> bool:
-    """Whether the API server completes a chat with every model that it lists."""
+    """Whether the API server completes a chat with every model that it lists, or embeds where it gives no text."""
     try:
         async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
             models = [entry["id"] for entry in (await client.get(f"{api_url}/v1/models")).json()["data"]]
             for model in models:
                 body = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
                 answer = await client.post(f"{api_url}/v1/chat/completions", json=body)
-                answer.json()["choices"]
+                if "choices" not in answer.json():
+                    body = {"model": model, "input": "Hello"}
+                    (await client.post(f"{api_url}/v1/embeddings", json=body)).json()["data"]
     except (httpx.HTTPError, KeyError, ValueError):
         return False
     return bool(models)

@@ -247,7 +247,9 @@ async def serve(engine_class: type[Engine], options: WorkerOptions, plan: Plan, 
             engine.context_length,
             "FastChat's protocol" if openai is None else "FastChat's protocol and OpenAI's under /v1",
         )
-        controller = ControllerClient(options.controller_address, options.address, server.status)
+        controller = ControllerClient(
+            options.controller_address, options.address, server.status, is_multimodal=engine.reads_images
+        )
         registration = None
         if not options.no_register:
             core.is_registered = lambda: controller.is_registered

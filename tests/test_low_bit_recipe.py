@@ -28,6 +28,20 @@ LAYERS = {
 @pytest.mark.parametrize(
     "name",
     [
+        "visual.blocks.0.attn.qkv",  # Qwen-VL in vLLM
+        "model.visual.merger.mlp.0",  # and in its checkpoints
+        "vision_tower.vision_model.encoder.layers.0.mlp.fc1",  # LLaVA, Gemma 3
+        "model.vision_tower.encoder.layers.0.self_attn.q_proj",
+    ],
+)
+def test_a_vision_tower_stays_as_it_is(name: str) -> None:
+    assert on_load(INT4).storage(name, 128) == "a vision tower is not quantized"
+    assert on_load(INT4).storage(name.replace("vis", "lis"), 128) == Storage(INT4, 32)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
         "model.layers.0.mlp.gate",
         "model.layers.3.block_sparse_moe.gate",
         "model.layers.0.mlp.shared_expert_gate",

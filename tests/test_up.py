@@ -9,14 +9,16 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+from fastapi import FastAPI
 from rich.console import Console
 
 from ipex_vllm.errors import OptionError
 from ipex_vllm.supervisor import Service, ServiceFailed, Supervisor
-from ipex_vllm.up import make_services, read_options, up, welcome
+from ipex_vllm.up import chats, make_services, read_options, up, welcome
 from tests.processes import ROOT
 from tests.support import FakeEngine, free_port, make_server, serving
 
@@ -207,3 +209,14 @@ def test_a_wrong_file_is_one_line(tmp_path: Path, content: str) -> None:
     with pytest.raises(OptionError, match=r"service\.yaml") as caught:
         read_options(["--config", str(file), "--no-web"])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("embeds", [True, False])
+async def test_a_model_that_gives_no_text_is_ready_when_it_embeds(embeds: bool) -> None:
+    app = FastAPI()
+    told = {"error": {"message": "This worker's model gives embeddings and scores, no text."}}
+    app.get("/v1/models")(lambda: {"data": [{"id": "bert"}]})
+    app.post("/v1/chat/completions")(lambda: told)
+    app.post("/v1/embeddings")(lambda: {"data": []} if embeds else told)
+    with serving(SimpleNamespace(app=app)) as url:  # type: ignore[arg-type]
+        assert await chats(url) is embeds

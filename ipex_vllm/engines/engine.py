@@ -63,6 +63,11 @@ class Engine(abc.ABC):
         return ()
 
     @property
+    def reads_images(self) -> bool:
+        """Whether a prompt may have pictures."""
+        return False
+
+    @property
     @abc.abstractmethod
     def tokenizer(self) -> Any:
         """The Hugging Face tokenizer of the model."""

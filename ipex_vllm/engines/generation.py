@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+IMAGE = "$$<image>$$"  # in a prompt, the place of a picture; FastChat's mark
 FinishReason = Literal["stop", "length"]
 
 
@@ -52,6 +53,7 @@ class Generation:
         prompt_logprobs: report on the prompt's tokens too.
         n: how many choices.
         model: one of the engine's adapters; any other name, and none, is the model as it is.
+        images: pictures as files have them (PNG, JPEG, ...), one for each IMAGE in the prompt.
     """
 
     prompt: str
@@ -71,6 +73,7 @@ class Generation:
     n: int = 1
     seed: int | None = None
     model: str | None = None
+    images: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ import asyncio
 import contextlib
 import logging
 import os
-import uuid
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,11 +19,13 @@ from starlette.types import ASGIApp
 
 from ipex_vllm.engines import vllm_openai
 from ipex_vllm.engines.engine import Engine
-from ipex_vllm.engines.generation import Delta, Generation, InvalidParameter, RequestError
+from ipex_vllm.engines.generation import ContextOverflow, Delta, Generation, InvalidParameter, RequestError
 from ipex_vllm.engines.tokenization import PromptEncoder
 from ipex_vllm.engines.vllm_devices import DEVICES, bound_threads
 from ipex_vllm.engines.vllm_failure import told_in_one_line
+from ipex_vllm.engines.vllm_images import reads_images, with_images, with_placeholders
 from ipex_vllm.engines.vllm_options import add_listed, keep_listing
+from ipex_vllm.engines.vllm_pooling import embed
 from ipex_vllm.engines.vllm_requests import OutputReader, request_error, sampling_params
 from ipex_vllm.errors import EngineError, OptionError
 from ipex_vllm.low_bit import vllm_arguments
@@ -157,6 +159,10 @@ class VllmEngine(Engine):
         return () if self._models is None else tuple(self._models.lora_requests)
 
     @property
+    def reads_images(self) -> bool:
+        return reads_images(self._llm)
+
+    @property
     def tokenizer(self) -> Any:
         return self._llm.get_tokenizer()
 
@@ -169,12 +175,21 @@ class VllmEngine(Engine):
 
         if "generate" not in self._tasks:
             raise InvalidParameter(NO_TEXT)
+        if generation.images:
+            marked = with_placeholders(self._llm, generation.prompt, len(generation.images))
+            generation = replace(generation, prompt=marked)
         token_ids = await self._encoder.encode_for_generation(generation)
-        reader = OutputReader(generation, token_ids, self.tokenizer)
         try:
+            prompt = tokens_input(token_ids)
+            if generation.images:
+                prompt = await with_images(self._llm, token_ids, generation.images)
+                token_ids = prompt["prompt_token_ids"]
+                if len(token_ids) >= self.context_length:
+                    raise ContextOverflow(len(token_ids), self.context_length)
+            reader = OutputReader(generation, token_ids, self.tokenizer)
             params = sampling_params(generation, self.context_length - len(token_ids))
             adapter = None if self._models is None else self._models.lora_requests.get(generation.model)
-            outputs = self._llm.generate(tokens_input(token_ids), params, request_id, lora_request=adapter)
+            outputs = self._llm.generate(prompt, params, request_id, lora_request=adapter)
             async with contextlib.aclosing(outputs):  # closing it aborts the request
                 async for output in outputs:
                     for delta in reader.deltas(output):
@@ -194,28 +209,7 @@ class VllmEngine(Engine):
     async def embed(self, inputs: Sequence[str]) -> tuple[list[list[float]], int]:
         if "embed" not in self._tasks:
             raise InvalidParameter(NO_EMBEDDINGS)
-        prompts = [await self._encoder.encode(text) for text in inputs]
-        for index, token_ids in enumerate(prompts):
-            if len(token_ids) > self.context_length:
-                raise InvalidParameter(
-                    f"input[{index}] has {len(token_ids)} tokens; the model reads {self.context_length}. Shorten it."
-                )
-        vectors = await asyncio.gather(*(self._embedding(token_ids) for token_ids in prompts))
-        return vectors, sum(map(len, prompts))
-
-    async def _embedding(self, token_ids: list[int]) -> list[float]:
-        from vllm import PoolingParams
-        from vllm.inputs.engine import tokens_input
-
-        params = PoolingParams(task="embed", use_activation=True)  # which makes the norm 1
-        outputs = self._llm.encode(tokens_input(token_ids), params, uuid.uuid4().hex)
-        try:
-            async with contextlib.aclosing(outputs):
-                async for output in outputs:
-                    vector: list[float] = output.outputs.data.tolist()
-        except Exception as error:
-            raise request_error(error, isinstance(error, ValueError), self._llm.errored) from error
-        return vector
+        return await embed(self._llm, self._encoder, inputs)
 
     async def openai_application(self) -> ASGIApp:
         application, self._statistics = await vllm_openai.make_application(self._llm, self._args)

@@ -30,6 +30,9 @@ ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")
 # The up-projection of multi-head latent attention: vLLM takes it apart when it is loaded, to multiply with its halves.
 LATENT = re.compile(r"(^|\.)kv_b_proj(\.|$)")
 
+# What turns pictures into embeddings: a small part of the bytes, and nothing here measures what a picture would lose.
+VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model|vision_encoder)(\.|$)")
+
 
 @dataclass(frozen=True)
 class Storage:
@@ -76,6 +79,8 @@ class Recipe:
             return "a router is not quantized"
         if LATENT.search(name):
             return "latent attention takes the weight itself"
+        if VISION.search(name):
+            return "a vision tower is not quantized"
         format = self.head if is_head else self.outer if self.is_outer(name) else self.format
         if format is None:
             return self.head_reason

@@ -30,6 +30,7 @@ class ControllerClient:
         get_status: returns the answer of /worker_get_status.
         heartbeat_interval_s: seconds between heartbeats.
         retry_interval_s: seconds between attempts while the controller does not answer.
+        is_multimodal: the model reads pictures, which the web UI asks the controller.
     """
 
     def __init__(
@@ -39,7 +40,9 @@ class ControllerClient:
         get_status: Callable[[], dict[str, Any]],
         heartbeat_interval_s: float = HEARTBEAT_INTERVAL_S,
         retry_interval_s: float = RETRY_INTERVAL_S,
+        is_multimodal: bool = False,
     ) -> None:
+        self._is_multimodal = is_multimodal
         self._controller_address = controller_address.rstrip("/")
         self._worker_address = worker_address
         self._get_status = get_status
@@ -85,7 +88,7 @@ class ControllerClient:
             "worker_name": self._worker_address,
             "check_heart_beat": True,
             "worker_status": status,
-            "multimodal": False,
+            "multimodal": self._is_multimodal,
         }
         # The controller answers 200 whatever comes of it; the heartbeat tells whether it knows the worker.
         if await self._post("/register_worker", payload) is None or not await self._heartbeat():

@@ -208,6 +208,8 @@ class Core:
         """
         if self._log_prompts:
             logger.info("request %s prompt %r", record.id, generation.prompt)
+        if generation.images and not self.engine.reads_images:
+            raise InvalidParameter("This worker's model reads text only. Leave images out.")
         num_unfinished = generation.n
         generation = stop_at_special_tokens(generation, self.engine.tokenizer)
         made: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()

@@ -6,6 +6,7 @@ docs/protocol.md for each field.
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -72,6 +73,7 @@ class GenerateRequest:
             prompt_logprobs=echo and logprobs is not None,
             n=n,
             model=read.optional_text("model"),
+            images=read.images("images"),
             seed=read.optional_number("seed", int, minimum=-(2**63), maximum=2**63 - 1),
         )
         return cls(generation, echo)
@@ -173,6 +175,19 @@ class _Reader:
         for item in values:
             check_text(name, item)
         return tuple(values)
+
+    def images(self, name: str) -> tuple[bytes, ...]:
+        """Pictures in base64, alone or as a data URL. None is fetched: a client could point into this network."""
+        images = []
+        for number, text in enumerate(self.strings(name)):
+            if text.startswith(("http://", "https://")):
+                raise InvalidParameter(f"{name}[{number}] is an address. Send the picture itself, in base64.")
+            content = text.partition(",")[2] if text.startswith("data:") else text
+            try:
+                images.append(base64.b64decode(content, validate=True))
+            except ValueError as error:
+                raise InvalidParameter(f"{name}[{number}] is no base64: {error}.") from error
+        return tuple(images)
 
     def token_ids(self, name: str) -> tuple[int, ...]:
         value = self._get(name)

@@ -57,6 +57,12 @@ async def test_of_errors_only_those_for_clients_leave_and_each_is_counted() -> N
         assert core.slots.queue_length == 0
 
 
+async def test_a_model_that_reads_no_pictures_says_so() -> None:
+    core = Core(FakeEngine(), ("m",), Slots(1, 1))
+    with pytest.raises(InvalidParameter, match="reads text only"):
+        await collect(core, Generation("p", images=(b"picture",)))
+
+
 async def test_a_client_that_goes_away_is_a_disconnect_and_no_error() -> None:
     core = Core(FakeEngine(["x"] * 1000, interval_s=0.01), ("m",), Slots(1, 1))
     task = asyncio.create_task(collect(core, Generation("p", max_new_tokens=1000)))

@@ -1,0 +1,148 @@
+"""Pictures: by the worker's /v1, and by FastChat's worker protocol as its own multimodal workers take them."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from benchmarks.make_model import train_tokenizer, training_text
+from tests.processes import fastchat_controller, listed_models, worker
+from tests.support import generate
+
+MARK = "$$<image>$$"  # FastChat's
+SIZE, PATCH = 28, 14
+
+
+def make_llava(folder: Path) -> Path:
+    """LLaVA with random weights, as Transformers saves it."""
+    tokenizer = train_tokenizer(2048, training_text(500_000))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.chat_template = (
+        "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\\n' -}}"
+        "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}"
+        "{%- for part in message['content'] -%}"
+        "{%- if part['type'] == 'text' -%}{{- part['text'] -}}{%- else -%}{{- '<image>' -}}{%- endif -%}"
+        "{%- endfor -%}{%- endif -%}{{- '<|im_end|>\\n' -}}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+    )
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=SIZE,
+        patch_size=PATCH,
+        projection_dim=64,
+    )
+    text = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=2112,
+        max_position_embeddings=2048,
+        initializer_range=0.05,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>")
+    )
+    LlavaForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
+    # The vision tower by the names that checkpoints have: this Transformers writes shorter ones, unknown to vLLM.
+    weights = load_file(folder / "model.safetensors")
+    named = {name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in weights.items()}
+    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+    edge = {"height": SIZE, "width": SIZE}
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=edge),
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=tokenizer.chat_template,
+    )
+    processor.save_pretrained(folder)
+    return folder
+
+
+def picture(color: str) -> str:
+    """A picture of one color as PNG, in base64."""
+    written = io.BytesIO()
+    Image.new("RGB", (SIZE, SIZE), color).save(written, "PNG")
+    return base64.b64encode(written.getvalue()).decode()
+
+
+def test_a_picture_changes_the_answer_by_both_protocols(tmp_path: Path) -> None:
+    model = make_llava(tmp_path / "llava")
+    with fastchat_controller(tmp_path / "controller") as controller:
+        arguments = ("--model-path", str(model), "--low-bit", "sym_int8", "--controller-address", controller.url)
+        with worker(tmp_path / "worker", *arguments) as running:
+            assert listed_models(controller.url) == ["llava"]
+            listed = httpx.post(f"{controller.url}/list_multimodal_models", trust_env=False).json()
+            assert listed == {"models": ["llava"]}
+            client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+
+            def by_openai(*colors: str) -> str:
+                parts: list[Any] = [
+                    {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture(color)}"}}
+                    for color in colors
+                ]
+                answer = client.chat.completions.create(
+                    model="llava",
+                    messages=[{"role": "user", "content": [*parts, {"type": "text", "text": "What is it?"}]}],
+                    temperature=0,
+                    max_tokens=16,
+                    extra_body={"ignore_eos": True},
+                )
+                return str(answer.choices[0].message.content)
+
+            def by_fastchat(*colors: str, **changed: Any) -> dict[str, Any]:
+                text = f"<|im_start|>user\n{MARK * len(colors)}What is it?<|im_end|>\n<|im_start|>assistant\n"
+                images = [picture(color) for color in colors]
+                asked = {"prompt": text, "images": images, "echo": False, "temperature": 0, "max_new_tokens": 16}
+                return generate(running.url, **{**asked, "ignore_eos": True, **changed})
+
+            for colors in ((), ("red",), ("red", "blue")):
+                assert by_fastchat(*colors)["text"] == by_openai(*colors)
+            assert len({by_openai(), by_openai("red"), by_openai("white")}) == 3
+            # 4 patches stand for the picture.
+            assert by_fastchat("red")["usage"]["prompt_tokens"] == by_fastchat()["usage"]["prompt_tokens"] + 4
+            for wrong, told in (
+                ({"images": ["bm8gcGljdHVyZQ=="]}, "images[0] cannot be read as a picture"),
+                ({"images": ["?"]}, "images[0] is no base64"),
+                ({"images": ["http://127.0.0.1/x.png"]}, "images[0] is an address"),
+                ({"images": [picture("red")] * 2}, "1 marks"),
+            ):
+                answer = by_fastchat("red", **wrong)
+                assert (answer["error_code"], told in answer["text"]) == (40302, True), answer
+            with pytest.raises(openai.BadRequestError):
+                client.chat.completions.create(
+                    model="llava",
+                    messages=[
+                        {
+                            "role": "user",
+                            "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,bm8="}}],
+                        }
+                    ],
+                )
