@@ -19,12 +19,14 @@ from typing import Any
 import aiohttp
 import httpx
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ipex_vllm.engines.bounds import MAX_SHOWN
 from ipex_vllm.errors import run_main
 from ipex_vllm.fastchat_requests import BadRequest, check_for, read_body
 from ipex_vllm.options import Parser, host_name, http_address, port_number
@@ -50,11 +52,20 @@ def main() -> None:
 
     def run_guarded(app: FastAPI, **options: Any) -> None:
         app.user_middleware.append(Middleware(Guard))  # the innermost: refusals have CORS headers too
+        app.add_exception_handler(RequestValidationError, on_wrong_field)
         run_server(app, **options)
 
     uvicorn.run = run_guarded  # type: ignore[assignment]  # which FastChat's module calls last
     sys.argv[0] = MODULE
     runpy.run_module(MODULE, run_name="__main__")
+
+
+async def on_wrong_field(_: Request, error: Exception) -> JSONResponse:
+    """The first of them in OpenAI's form; FastChat sends all that it refuses back."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"] if part != "body")[:MAX_SHOWN]
+    return error_response(400, f"{name}: {first['msg'][:MAX_SHOWN]}.", name)
 
 
 def check_addresses(arguments: Sequence[str]) -> None:
