@@ -1,0 +1,130 @@
+"""What vLLM and Transformers answer for the same model and tokens, and how far apart that is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.models.tiny import token_ids
+
+NUM_PROMPT = 48
+NUM_GREEDY = 16
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Token ids [prompt + greedy], and the log probability of each but the first."""
+
+    token_ids: torch.Tensor
+    logprobs: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of 63 log probabilities: of a prompt's tokens, which are computed at once, and of greedy ones, one by one.
+
+    Attributes:
+        largest, mean: absolute, in nats.
+        is_greedy: whether each of vLLM's greedy tokens is Transformers' likeliest, or so near it that the difference
+            decides.
+    """
+
+    largest: float
+    mean: float
+    is_greedy: bool
+
+
+def of_vllm(folder: Path, format_name: str | None, quantized: list[torch.Tensor], **arguments: Any) -> Answer:
+    """Serve a model directory as the worker does, in this process, with more of vLLM's engine arguments.
+
+    The weights of what is quantized are added to `quantized`, as float32 [out_features, in_features].
+    """
+    from vllm import LLM, SamplingParams
+
+    from ipex_vllm.low_bit import vllm_arguments
+    from ipex_vllm.low_bit.linear import make_linear
+    from ipex_vllm.low_bit.quantize import dequantize
+    from ipex_vllm.low_bit.vllm import linear
+
+    def noting(weight: Any, dtype: torch.dtype) -> Any:
+        quantized.append(dequantize(weight))
+        return make_linear(weight, dtype)
+
+    setattr(linear, "make_linear", noting)  # noqa: B010  (which mypy takes for private)
+    llm = LLM(
+        model=str(folder),
+        skip_tokenizer_init=not (folder / "tokenizer.json").exists(),
+        language_model_only=True,
+        max_model_len=128,
+        max_num_seqs=4,
+        max_num_batched_tokens=128,
+        enforce_eager=True,
+        kv_cache_memory_bytes=1 << 26,
+        gpu_memory_utilization=0.05,
+        distributed_executor_backend="vllm.v1.executor.uniproc_executor.UniProcExecutor",
+        **vllm_arguments(format_name, str(folder), "cpu"),
+        **arguments,
+    )
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=NUM_GREEDY, logprobs=0, prompt_logprobs=0, detokenize=False, ignore_eos=True
+    )
+    prompt = token_ids(llm.llm_engine.model_config.hf_config, NUM_PROMPT).tolist()
+    output = llm.generate({"prompt_token_ids": prompt}, sampling, use_tqdm=False)[0]
+    greedy = output.outputs[0]
+    tokens = [*prompt, *greedy.token_ids]
+    entries = [*output.prompt_logprobs[1:], *greedy.logprobs]
+    logprobs = [entry[token].logprob for token, entry in zip(tokens[1:], entries, strict=True)]
+    return Answer(torch.tensor(tokens), torch.tensor(logprobs))
+
+
+def difference(model: Any, answer: Answer) -> Difference:
+    """How far an answer is from what Transformers' `model` gives the same tokens."""
+    for module in model.modules():
+        module.do_not_compile = True  # which vLLM asks of the classes that it also runs itself
+    with torch.inference_mode():
+        logprobs = model(input_ids=answer.token_ids.unsqueeze(0)).logits[0, :-1].float().log_softmax(-1)
+    expected = logprobs.gather(1, answer.token_ids[1:, None]).squeeze(1)
+    errors = (expected - answer.logprobs).abs()
+    gaps = (logprobs.max(-1).values - expected)[NUM_PROMPT - 1 :]
+    largest = errors.max().item()
+    return Difference(largest, errors.mean().item(), bool((gaps <= 2 * largest).all()))
+
+
+def dequantized(model: Any, quantized: list[torch.Tensor]) -> None:
+    """Give `model` the weights that vLLM has, which may have put rows of several layers together, in its own order.
+
+    Each row is written over the one of `model` that it came from: the nearest, as rounding moves it much less than
+    random rows are apart.
+    """
+    untie(model)
+    embeddings = model.get_input_embeddings().weight
+    matrices = []
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.dim() > 1 and parameter is not embeddings:
+                # GPT-2's, and some experts', are stored the other way around.
+                matrices += [parameter.data, parameter.data.transpose(-1, -2)]
+    for inputs in {weight.shape[1] for weight in quantized}:
+        # Views, so that what is written shows in the model.
+        views = [matrix for matrix in matrices if matrix.shape[-1] == inputs]
+        places = [(view, index) for view in views for index in product(*map(range, view.shape[:-1]))]
+        rows = torch.cat([view.reshape(-1, inputs).float() for view in views])
+        for weight in (weight for weight in quantized if weight.shape[1] == inputs):
+            real = weight[weight.abs().sum(1) > 0]  # the vocabulary may be padded
+            distances, nearest = torch.cdist(real, rows).min(1)
+            assert (distances < 0.4 * real.norm(dim=1)).all(), "a quantized row that is no row of the checkpoint"
+            for row, place in zip(real, nearest.tolist(), strict=True):
+                view, index = places[place]
+                view[index] = row
+
+
+def untie(model: Any) -> None:
+    """A quantized head is a tensor of its own, beside the embedding."""
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.weight = nn.Parameter(head.weight.data.clone())
