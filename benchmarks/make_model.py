@@ -1,4 +1,4 @@
-"""Write a Llama model directory with random weights, for tests and benchmarks of speed.
+"""Write a model directory with random weights, for tests and benchmarks of speed: Llama, or a mixture of experts.
 
     python -m benchmarks.make_model --shape tiny --out DIR
 
@@ -13,10 +13,11 @@ import argparse
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {
@@ -42,6 +43,64 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_hidden_layers": 22,
         "num_attention_heads": 32,
         "num_key_value_heads": 4,
+        "vocab_size": 32_000,
+    },
+}
+
+# Mixtures of experts, by Transformers' `model_type`: real layers, so few that bf16 weights take at most 8 GiB.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "tiny-moe": {
+        "model_type": "qwen3_moe",
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "moe_intermediate_size": 96,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 2048,
+    },
+    "qwen3-moe": {
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 32_000,
+    },
+    "gpt-oss": {
+        "model_type": "gpt_oss",
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 32_000,
+    },
+    "deepseek-v2": {
+        "model_type": "deepseek_v2",
+        "hidden_size": 2048,
+        "intermediate_size": 10_944,
+        "moe_intermediate_size": 1408,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 6,
+        "first_k_dense_replace": 1,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "q_lora_rank": None,
         "vocab_size": 32_000,
     },
 }
@@ -89,13 +148,14 @@ def train_tokenizer(vocab_size: int, texts: Iterator[str]) -> PreTrainedTokenize
 
 
 def make_model(shape: str, out: Path, seed: int = 0) -> Path:
-    """Write the model directory `out` for one of `SHAPES` and return it; an existing complete one is kept."""
+    """Write the model directory `out` for one of `SHAPES` or `MIXTURES` and return it; a complete one is kept."""
     if (out / "model.safetensors").exists():
         return out
     torch.manual_seed(seed)
-    tokenizer = train_tokenizer(SHAPES[shape]["vocab_size"], training_text())
-    config = LlamaConfig(
-        **SHAPES[shape],
+    sizes = MIXTURES.get(shape) or {"model_type": "llama", **SHAPES[shape]}
+    tokenizer = train_tokenizer(sizes["vocab_size"], training_text())
+    config = AutoConfig.for_model(
+        **sizes,
         max_position_embeddings=2048,
         tie_word_embeddings=False,
         bos_token_id=None,
@@ -108,7 +168,7 @@ def make_model(shape: str, out: Path, seed: int = 0) -> Path:
     default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     finally:
         torch.set_default_dtype(default_dtype)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
@@ -120,8 +180,8 @@ def make_model(shape: str, out: Path, seed: int = 0) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write a Llama model directory with random weights.")
-    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser = argparse.ArgumentParser(description="Write a model directory with random weights.")
+    parser.add_argument("--shape", choices=[*SHAPES, *MIXTURES], default="tiny")
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

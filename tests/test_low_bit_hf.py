@@ -3,10 +3,18 @@ import logging
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen3MoeConfig,
+)
 
 from ipex_vllm.low_bit.formats import FORMATS
-from ipex_vllm.low_bit.hf import HfLowBitLinear, quantize_model
+from ipex_vllm.low_bit.hf import HfLowBitExperts, HfLowBitLinear, quantize_model
 from ipex_vllm.low_bit.importance import measure
 from ipex_vllm.low_bit.quantize import dequantize, quantize
 from ipex_vllm.low_bit.recipe import Storage, on_load
@@ -49,6 +57,46 @@ def test_a_quantized_model_computes_what_its_dequantized_weights_do(name: str) -
         difference = model(tokens).logits.float() - expected(tokens).logits.float()
         # What is left is the rounding of the activations.
         assert difference.norm() < 0.03 * expected(tokens).logits.float().norm()
+
+
+MIXTURE = {
+    "hidden_size": 128,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 320,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 3,
+    "initializer_range": 0.1,
+}
+
+
+@pytest.mark.parametrize("config", [Qwen3MoeConfig(**MIXTURE), MixtralConfig(**MIXTURE), GptOssConfig(**MIXTURE)])
+def test_stacked_experts_are_quantized(config: PreTrainedConfig) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            nn.init.normal_(parameter, std=0.1)
+    layers = [module for module in model.modules() if hasattr(module, "is_concatenated")]
+    inputs = torch.randn(60, 128), torch.randint(8, (60, 3)), torch.rand(60, 3)
+    with torch.inference_mode():
+        for layer in layers:
+            for parameter in (layer.gate_up_proj, layer.down_proj):
+                for matrix in parameter:
+                    rows = matrix.T if layer.is_transposed else matrix
+                    rows.copy_(dequantize(quantize(rows, FORMATS["sym_int4"])))
+        expected = [layer(*inputs) for layer in layers]
+        quantize_model(model, "sym_int4")
+        replaced = [module for module in model.modules() if isinstance(module, HfLowBitExperts)]
+        assert len(replaced) == len(layers) == 2
+        # Quantizing what is on a grid already finds it nearly; and the activations are rounded.
+        for layer, wanted in zip(replaced, expected, strict=True):
+            assert (layer(*inputs) - wanted).norm() < 0.03 * wanted.norm()
+        assert model(torch.arange(40).view(2, 20)).logits.isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Sequence
 from subprocess import run
+from typing import Any
 
 import pytest
 import torch
@@ -147,17 +148,33 @@ def test_a_tied_head_takes_bytes_of_its_own_only_if_it_is_quantized() -> None:
     assert loaded_bytes(checkpoint(tied), "sym_int4", head="none", is_tied=True) == untied - head_bytes
 
 
-def test_experts_and_routers_are_counted_as_they_are() -> None:
+def test_experts_are_counted_as_they_are_stored_and_routers_as_they_are() -> None:
     experts = {
         "model.layers.0.mlp.experts.0.down_proj.weight": (128, 192),
         "model.layers.0.mlp.experts.gate_up_proj": (8, 384, 128),
-        "model.layers.0.mlp.gate.weight": (8, 128),
+        "model.layers.0.block_sparse_moe.output_linear.weight": (8, 128, 192),
     }
-    more = loaded_bytes(checkpoint(LAYERS | experts), "sym_int4") - loaded_bytes(checkpoint(LAYERS), "sym_int4")
-    assert more == 2 * sum(math.prod(shape) for shape in experts.values())
+    others = {
+        "model.layers.0.mlp.gate.weight": (8, 128),
+        "model.layers.0.mlp.experts.gate_up_proj_bias": (8, 384),
+        "model.layers.0.mlp.experts.1.down_proj.weight": (128, 48),
+    }
+
+    def more(name: str, **options: Any) -> int:
+        with_experts = loaded_bytes(checkpoint(LAYERS | experts | others), name, **options)
+        return with_experts - loaded_bytes(checkpoint(LAYERS), name, **options)
+
+    kept = 2 * sum(math.prod(shape) for shape in others.values())
+    for name in ("sym_int4", "asym_int4", "sym_int8"):
+        storage = Storage(FORMATS[name], 32)
+        matrices = [shape if len(shape) == 2 else (shape[0] * shape[1], shape[2]) for shape in experts.values()]
+        assert more(name) == kept + sum(bytes_of(shape, storage) for shape in matrices)
+    # No kernel: they stay.
+    assert more("nf4") == kept + 2 * sum(math.prod(shape) for shape in experts.values())
+    assert more("sym_int4", device="xpu") == kept + 2 * sum(math.prod(shape) for shape in experts.values())
     shared = {"model.layers.0.mlp.shared_experts.down_proj.weight": (128, 192)}
-    more = loaded_bytes(checkpoint(LAYERS | shared), "sym_int4") - loaded_bytes(checkpoint(LAYERS), "sym_int4")
-    assert more == bytes_of((128, 192), Storage(INT4, INT4.group_size))
+    added = loaded_bytes(checkpoint(LAYERS | shared), "sym_int4") - loaded_bytes(checkpoint(LAYERS), "sym_int4")
+    assert added == bytes_of((128, 192), Storage(INT4, INT4.group_size))
 
 
 def test_a_layer_that_no_group_fits_is_counted_as_it_is() -> None:

@@ -21,7 +21,10 @@ ISA_FLAGS = {
     "w4a8": [{"avx2"}, {"avx_vnni", "avx512_vnni"}, {"avx512_vnni"}, {"amx_int8"}],
     "w8a8": [{"avx2"}, {"avx_vnni", "avx512_vnni"}, {"avx512_vnni"}, {"amx_int8"}],
     "w8a16": [{"avx2"}, {"avx512bw"}, {"avx512_bf16"}],
+    "experts": [{"avx2"}, {"avx_vnni", "avx512_vnni"}, {"avx512_vnni"}, {"amx_int8"}],
 }
+# The folders whose files a kernel is made of, beside its own.
+PARTS = {"experts": ("w4a8", "w8a8")}
 
 THREAD_COUNT = """
 import os, torch
@@ -125,13 +128,14 @@ def test_without_a_compiler_the_package_still_builds(tmp_path):
 def test_no_access_past_a_buffer_and_no_undefined_behaviour(kernel, tmp_path):
     driver = tmp_path / "driver"
     sanitize = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    sources = {source: flags for source, flags in BUILD["SOURCES"].items() if source.parent.name in (kernel, "common")}
+    folders = (kernel, "common", *PARTS.get(kernel, ()))
+    sources = {source: flags for source, flags in BUILD["SOURCES"].items() if source.parent.name in folders}
     objects = []
     for source, flags in {Path(f"tests/{kernel}_driver.cpp"): [], **sources}.items():
         flags = [*BUILD["FLAGS"], *flags, *sanitize]
         if "-mavxvnni" in flags and "avx_vnni" not in CPU_FLAGS and "avx512_vnni" in CPU_FLAGS:
             flags += ["-mno-avxvnni", *OTHER_ENCODING]
-        objects.append(str(tmp_path / f"{source.stem}.o"))
+        objects.append(str(tmp_path / f"{source.parent.name}_{source.stem}.o"))
         subprocess.run(["g++", *flags, "-c", str(source), "-o", objects[-1]], cwd=ROOT, check=True)
     subprocess.run(["g++", "-fopenmp", *sanitize, *objects, "-o", str(driver)], check=True)
     # Leaks are not looked for: OpenMP keeps its threads until the process ends.

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from ipex_vllm.low_bit.experts import LowBitExperts
 from ipex_vllm.low_bit.formats import Format
 from ipex_vllm.low_bit.kernels.base import LowBitLinear
 from ipex_vllm.low_bit.kernels.dequantize import DequantizingLinear
@@ -45,9 +46,9 @@ def make_linear(weight: QuantizedWeight, dtype: torch.dtype) -> LowBitLinear:
     return choose_kernel(weight.format, weight.group_size, len(weight.codes), dtype)(weight, dtype)
 
 
-def summarize(linears: Sequence[LowBitLinear]) -> Iterator[str]:
+def summarize(layers: Sequence[LowBitLinear | LowBitExperts]) -> Iterator[str]:
     """One line for each pair of format and kernel in use, with what it costs where no fast kernel was found."""
-    for (format, kernel), count in Counter((linear.format.name, linear.kernel) for linear in linears).items():
+    for (format, kernel), count in Counter((layer.format.name, layer.kernel) for layer in layers).items():
         line = f"{format}: {count} layers use the kernel {kernel}"
         if kernel == DequantizingLinear.kernel:
             line += (

@@ -24,6 +24,15 @@ LOADED_GROUP_SIZES = {INT8: 32, "fp8_e4m3": 64, "fp8_e5m2": 64}
 # The number of a decoder layer in the name of one of its parts.
 DECODER_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
+# The formats that experts can have, on a CPU, how many inputs may share a scale then, and what has to divide their
+# intermediate size.
+EXPERT_FORMATS: dict[str, tuple[int | None, ...]] = {
+    "sym_int4": (32, 64, 128),
+    "asym_int4": (32, 64, 128),
+    INT8: (None, 32, 64),
+}
+EXPERT_TILE = 32
+
 # The layers that choose a token's experts. They are tiny, and a wrong choice is the largest error that there is.
 ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")
 
@@ -46,6 +55,14 @@ class Storage:
         """What the kernels keep beside the codes that share a scale: that, and in asymmetric formats a minimum."""
         has_float16 = self.group_size is not None and self.format.kind != "float8"
         return 2 * (2 - self.format.symmetric) if has_float16 else 4
+
+
+@dataclass(frozen=True)
+class ExpertStorage:
+    """How the matrices of a layer of experts are stored."""
+
+    gate_up: Storage
+    down: Storage
 
 
 @dataclass(frozen=True)
@@ -91,6 +108,21 @@ class Recipe:
         if reason := unsuitable_reason(format, in_features, wanted, falls_back=self.falls_back):
             return reason
         return Storage(format, fitting_group_size(format, in_features, wanted))
+
+    def expert_storage(self, name: str, hidden: int, intermediate: int) -> ExpertStorage | str:
+        """How the experts called `name`, of these sizes, are stored, or in words why they stay as they are."""
+        gate_up, down = self.storage(name, hidden), self.storage(name, intermediate)
+        if isinstance(gate_up, str):
+            return gate_up
+        if isinstance(down, str):
+            return down
+        if gate_up.format.name not in EXPERT_FORMATS:
+            return f"there is no kernel for experts in {gate_up.format.name}"
+        if not {gate_up.group_size, down.group_size} <= {*EXPERT_FORMATS[gate_up.format.name]}:
+            return f"there is no kernel for experts in {gate_up.format.name} with groups of {gate_up.group_size}"
+        if intermediate % EXPERT_TILE:
+            return f"the experts' {intermediate} intermediate features are no multiple of {EXPERT_TILE}"
+        return ExpertStorage(gate_up, down)
 
     def is_outer(self, name: str) -> bool:
         """Whether the layer called `name` is a part of the first or the last decoder layer, and that matters."""

@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from ipex_vllm.low_bit.formats import resolve
 from ipex_vllm.low_bit.recipe import Storage, count_layers, on_load
 
-# By Transformers' names, as checkpoints have them. Experts are counted as they are: nothing quantizes them yet.
+# By Transformers' names, as checkpoints have them.
 EMBEDDING = re.compile(r"(^|[._])(embed\w*|wte|wpe|word_embeddings|shared)\.weight$")
 HEAD = re.compile(r"^(\w+\.)?(lm_head|embed_out|output)\.weight$")
-EXPERTS = re.compile(r"\.experts\.")
+# Experts one by one, [features, inputs], or stacked, [experts, features, inputs]; GraniteMoE has names of its own.
+EXPERTS = re.compile(r"\.experts\.(\d+\.\w+\.weight|gate_up_proj|down_proj)$|\.(input|output)_linear\.weight$")
 
 
 def loaded_bytes(
@@ -59,7 +60,11 @@ def loaded_bytes(
             continue
         is_linear = len(shape) == 2 and name.endswith(".weight") and not EMBEDDING.search(name)
         storage: Storage | str = ""
-        if recipe is not None and is_linear and not EXPERTS.search(name):
+        if recipe is not None and EXPERTS.search(name) and len(shape) in (2, 3):
+            # Either size is the hidden one.
+            experts = recipe.expert_storage(name, *shape[-2:]) if device == "cpu" else ""
+            storage = experts if isinstance(experts, str) else experts.down
+        elif recipe is not None and is_linear:
             storage = recipe.storage(name.removesuffix(".weight"), shape[1], is_head=is_head)
         total += _stored(shape, storage) if isinstance(storage, Storage) else stays(shape, item)
     if is_tied and recipe is not None:
@@ -72,7 +77,8 @@ def loaded_bytes(
 
 
 def _stored(shape: Sequence[int], storage: Storage) -> int:
-    """Bytes of a weight [out_features, in_features]: codes, scales and minima."""
-    outputs, inputs = shape
+    """Bytes of a weight [..., out_features, in_features]: codes, scales and minima."""
+    inputs = shape[-1]
+    outputs = math.prod(shape[:-1])
     codes = outputs * inputs * (4 if storage.format.is_packed else 8) // 8
     return codes + outputs * (inputs // (storage.group_size or inputs)) * storage.scale_bytes

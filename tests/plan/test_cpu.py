@@ -427,7 +427,7 @@ def test_all_this_comes_before_anything_heavy():
 
 
 def test_experts_are_counted_as_what_they_are(tmp_path):
-    """A mixture of experts: what no kernel takes in the format stays in 16 bits, and the plan knows."""
+    """A mixture of experts: they are quantized where a kernel takes them so, and else stay; the plan knows."""
     shapes = {
         "model.embed_tokens.weight": (1000, 256),
         "model.layers.0.self_attn.q_proj.weight": (256, 256),
@@ -443,11 +443,15 @@ def test_experts_are_counted_as_what_they_are(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(end))
     model = ModelFacts.read(write_model(tmp_path, LLAMA_1B))
     assert model.tensors["lm_head.weight"] == ((1000, 256), 2)
-    kept = 2 * 256 * (1000 + 2 * 512)
+    kept, experts = 2 * 256 * 1000, 256 * 2 * 512
     # 4 bits and a scale of 16 for 32; the head in 8 bits, with a scale of 32 for 64.
-    quantized = 256 * 256 * 4.5 / 8 + 1000 * 256 * (1 + 4 / 64)
+    quantized = (256 * 256 + experts) * 4.5 / 8 + 1000 * 256 * (1 + 4 / 64)
     assert weight_bytes(model, WorkerOptions(low_bit="sym_int4")) == kept + quantized
     assert weight_bytes(model.share_of(2), WorkerOptions(low_bit="sym_int4")) == (kept + quantized) // 2
+    kept_experts = weight_bytes(model, WorkerOptions(low_bit="nf4")) - weight_bytes(
+        model, WorkerOptions(low_bit="sym_int4")
+    )
+    assert kept_experts >= experts * (2 - 1)
     assert weight_bytes(model, WorkerOptions(low_bit="fp32")) == 2 * end
 
 

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "experts/experts.h"
 #include "w4a8/w4a8.h"
 #include "w8a16/w8a16.h"
 #include "w8a8/w8a8.h"
@@ -42,6 +43,7 @@ struct Torch {
     int32_t (*float32)();
     int32_t (*float16)();
     int32_t (*bfloat16)();
+    int32_t (*int32)();
 
     bool find() {
         // Already in the process, or this is none of torch's.
@@ -57,7 +59,8 @@ struct Torch {
                found("aoti_torch_get_dtype", dtype) && found("aoti_torch_is_contiguous", is_contiguous) &&
                found("aoti_torch_empty_strided", empty) && found("aoti_torch_copy_", copy) &&
                found("aoti_torch_dtype_float32", float32) && found("aoti_torch_dtype_float16", float16) &&
-               found("aoti_torch_dtype_bfloat16", bfloat16);
+               found("aoti_torch_dtype_bfloat16", bfloat16) &&
+               found("aoti_torch_dtype_int32", int32);
     }
 };
 
@@ -128,6 +131,14 @@ Tensor empty(const std::vector<int64_t> &sizes, int32_t torch_dtype) {
     return Tensor(handle);
 }
 
+// The tensor itself if its elements follow each other, else a copy of which that is true.
+Tensor contiguous(Tensor tensor) {
+    if (tensor.is_contiguous()) return tensor;
+    Tensor copy = empty(tensor.sizes(), tensor.torch_dtype());
+    check(torch.copy(copy.handle(), tensor.handle(), 0));
+    return copy;
+}
+
 // What a matmul is called with; checked against each other.
 struct Linear {
     Tensor x;
@@ -149,11 +160,7 @@ struct Linear {
         if (sizes.empty()) fail("the kernels take [..., K], not a scalar");
         if (bias && bias.numel() != outputs)
             fail("a layer of " + std::to_string(outputs) + " outputs has a bias of " + std::to_string(bias.numel()));
-        if (!x.is_contiguous()) {
-            Tensor copy = empty(sizes, x.torch_dtype());
-            check(torch.copy(copy.handle(), x.handle(), 0));
-            x = std::move(copy);
-        }
+        x = contiguous(std::move(x));
         sizes.back() = outputs;
     }
 
@@ -224,6 +231,67 @@ void w8a16_operator(Value *stack, uint64_t, uint64_t) {
     });
 }
 
+void experts_operator(Value *stack, uint64_t, uint64_t) {
+    const Tensor x = contiguous(take_tensor(stack[0])), gate_up = take_tensor(stack[1]), down = take_tensor(stack[2]);
+    const Tensor gate_up_bias = take_optional_tensor(stack[3]), down_bias = take_optional_tensor(stack[4]);
+    const Tensor weights = contiguous(take_tensor(stack[5])), ids = contiguous(take_tensor(stack[6]));
+    ExpertsCall call{};
+    call.bits = int32_t(stack[7]);
+    call.intermediate = int64_t(stack[8]);
+    call.gate_up_group = int64_t(stack[9]);
+    call.down_group = int64_t(stack[10]);
+    call.symmetric = stack[11] & 1;
+    call.activation = int32_t(stack[12]);
+    const auto sizes = x.sizes(), chosen = ids.sizes(), packed = gate_up.sizes(), packed_down = down.sizes();
+    if (sizes.size() != 2 || packed.size() != 2 || packed_down.size() != 2)
+        fail("experts take x [tokens, hidden] and weights [experts, bytes]");
+    if (chosen.size() != 2 || chosen[0] != sizes[0] || chosen[1] > 64 || weights.sizes() != chosen)
+        fail("experts' weights and ids are [tokens, chosen], of at most 64 each");
+    if (ids.torch_dtype() != torch.int32() || weights.dtype() != common::kFloat32 || x.dtype() < 0)
+        fail("experts take float32, float16 or bfloat16, float32 weights and int32 ids");
+    if (call.activation < 0 || call.activation > experts::kClampedSwiglu) fail("experts have no such activation");
+    call.tokens = sizes[0];
+    call.hidden = sizes[1];
+    call.chosen = chosen[1];
+    call.experts = packed[0];
+    const auto checked = [&](const Tensor &tensor, int64_t outputs, int64_t inputs, int64_t group) {
+        const bool fits = call.bits == 4 ? (group == 32 || group == 64 || group == 128) && inputs % group == 0
+                                         : group == 0 || ((group == 32 || group == 64) && inputs % group == 0);
+        const w4a8::Weights four{nullptr, outputs, inputs, group, call.symmetric != 0};
+        const w8a8::Weights eight{nullptr, outputs, inputs, group};
+        if ((call.bits != 4 && call.bits != 8) || !fits || call.intermediate % common::kTileOutputs)
+            fail("experts have 4 or 8 bits, an intermediate size that 32 divides, and groups that divide the inputs");
+        const int64_t bytes = call.bits == 4 ? four.tiles() * four.groups() * four.block_bytes()
+                                             : eight.tiles() * eight.tile_bytes();
+        const auto shape = tensor.sizes();
+        if (shape[0] != call.experts || shape[1] != bytes || !tensor.is_contiguous())
+            fail("packed experts of " + std::to_string(shape[1]) + " bytes each are not [" + std::to_string(outputs) +
+                 ", " + std::to_string(inputs) + "]");
+        return static_cast<const uint8_t *>(tensor.data());
+    };
+    call.gate_up = checked(gate_up, 2 * call.intermediate, call.hidden, call.gate_up_group);
+    call.down = checked(down, call.hidden, call.intermediate, call.down_group);
+    const auto bias_of = [&](const Tensor &bias, int64_t outputs) -> const float * {
+        if (!bias) return nullptr;
+        if (bias.numel() != call.experts * outputs || bias.dtype() != common::kFloat32 || !bias.is_contiguous())
+            fail("experts' biases are float32 [experts, outputs]");
+        return static_cast<const float *>(bias.data());
+    };
+    call.gate_up_bias = bias_of(gate_up_bias, 2 * call.intermediate);
+    call.down_bias = bias_of(down_bias, call.hidden);
+    Tensor out = empty(sizes, x.torch_dtype());
+    call.x = x.data();
+    call.weights = static_cast<const float *>(weights.data());
+    call.ids = static_cast<const int32_t *>(ids.data());
+    call.out = out.data();
+    call.dtype = x.dtype();
+    usable(0, call.bits == 4 ? w4a8_isa(1) : w8a8_isa(1), "experts'");
+    call.isa = int32_t(stack[13]);
+    call.threads = omp_get_max_threads();
+    if (experts_forward(&call)) throw std::bad_alloc();
+    stack[0] = reinterpret_cast<Value>(out.release());
+}
+
 } // namespace
 
 #pragma GCC visibility push(default)
@@ -235,6 +303,7 @@ int32_t register_torch_operators() {
     if (!torch.find() || torch.new_library("ipex_vllm", "CPU", __FILE__, __LINE__, &library)) return -1;
     if (torch.implement(library, "w4a8_linear", w4a8_operator)) return -1;
     if (torch.implement(library, "w8a8_linear", w8a8_operator)) return -1;
+    if (torch.implement(library, "experts", experts_operator)) return -1;
     return torch.implement(library, "w8a16_linear", w8a16_operator) ? -1 : 0;
 }
 }

@@ -10,16 +10,17 @@ import torch
 from torch import nn
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 
 from ipex_vllm.low_bit import importance
 from ipex_vllm.low_bit.formats import FORMATS, Format
 from ipex_vllm.low_bit.readers import ipex_llm, ours
 from ipex_vllm.low_bit.recipe import Recipe, on_load
+from ipex_vllm.low_bit.vllm.experts import experts_method
 from ipex_vllm.low_bit.vllm.linear import EmbeddingMethod, LowBitMethod, OpenSaved, QuantizeOnLoad
 from ipex_vllm.low_bit.vllm.progress import Progress
 
@@ -39,6 +40,7 @@ class LowBitConfig(QuantizationConfig):  # type: ignore[misc]
         self.method: type[LowBitMethod] = QuantizeOnLoad
         self.recipe: Recipe | None = None
         self.importance_file: Path | None = None
+        self.mapper: WeightsMapper | None = None
 
     @classmethod
     def get_name(cls) -> str:
@@ -87,7 +89,14 @@ class LowBitConfig(QuantizationConfig):  # type: ignore[misc]
 
     @functools.cached_property
     def importances(self) -> dict[str, torch.Tensor]:
-        return importance.read(self.importance_file)
+        """By vLLM's names, which for some models (gpt-oss) are not those of the checkpoint."""
+        found = importance.read(self.importance_file)
+        if self.mapper is None:
+            return found
+        return {self.mapper.map_name(name) or name: each for name, each in found.items()}
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        self.mapper = hf_to_vllm_mapper
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if self.recipe is None:  # a vLLM config is at hand only while the model is built
@@ -98,8 +107,8 @@ class LowBitConfig(QuantizationConfig):  # type: ignore[misc]
         if isinstance(layer, VocabParallelEmbedding):
             return EmbeddingMethod(self.recipe, self.progress, prefix)
         if isinstance(layer, RoutedExperts):
-            self.progress.keep_layer(prefix, "experts are not quantized")
-            return UnquantizedFusedMoEMethod(layer.moe_config)
+            # A saved checkpoint, too, has its experts as they were.
+            return experts_method(layer, self.recipe, self.progress, prefix)
         return None
 
 

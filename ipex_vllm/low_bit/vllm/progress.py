@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tqdm import tqdm
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
+from ipex_vllm.low_bit.experts import LowBitExperts
 from ipex_vllm.low_bit.kernels.base import LowBitLinear
 from ipex_vllm.low_bit.linear import summarize
 from ipex_vllm.low_bit.memory import trim_heap
@@ -27,7 +29,7 @@ class Progress:
         self.expected = 0
         self.num_finished = 0
         self.bar: tqdm[Any] | None = None
-        self.finished: list[LowBitLinear] = []
+        self.finished: list[LowBitLinear | LowBitExperts] = []
         self.kept: list[tuple[str, str]] = []
 
     def expect_layer(self) -> None:
@@ -47,14 +49,14 @@ class Progress:
         """Note an output head that is no layer of its own."""
         self.finished.append(linear)
 
-    def finish_layer(self, *linears: LowBitLinear) -> None:
+    def finish_layer(self, *layers: LowBitLinear | LowBitExperts) -> None:
         """Note a layer, whose parts may have kernels of their own."""
         if self.bar is None:
             is_first_rank = get_tensor_model_parallel_rank() == 0
             self.bar = tqdm(total=self.expected, desc=f"Loading {self.name}", unit="layer", disable=not is_first_rank)
         self.bar.update()
         self.num_finished += 1
-        self.finished += linears
+        self.finished += layers
         if self.num_finished == self.expected:
             self.bar.close()
             self.report_kernels(self.finished)
@@ -62,6 +64,6 @@ class Progress:
             self.report_kept_layers()
             trim_heap()
 
-    def report_kernels(self, linears: list[LowBitLinear]) -> None:
-        for line in summarize(linears):
+    def report_kernels(self, layers: Sequence[LowBitLinear | LowBitExperts]) -> None:
+        for line in summarize(layers):
             logger.info("%s", line)

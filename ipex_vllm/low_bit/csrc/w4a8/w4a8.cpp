@@ -4,16 +4,12 @@
 
 using namespace w4a8;
 
-namespace {
-
-const Kernel &kernel(int32_t isa) {
+const Kernel &w4a8::kernel(int32_t isa) {
     return isa == common::kAmx          ? *kAmxKernel
            : isa == common::kAvx512Vnni ? kAvx512VnniKernel
            : isa == common::kAvxVnni    ? kAvxVnniKernel
                                         : kAvx2Kernel;
 }
-
-} // namespace
 
 int32_t w4a8_isa(int64_t rows) { return common::best_isa(kAmxKernel && rows >= kFewestAmxRows); }
 

@@ -38,6 +38,9 @@ extern const Kernel kAvxVnniKernel;
 extern const Kernel kAvx512VnniKernel;
 extern const Kernel *const kAmxKernel; // null where the compiler does not know AMX
 
+// The one for a common::Isa.
+const Kernel &kernel(int32_t isa);
+
 } // namespace w8a8
 
 #pragma GCC visibility push(default)

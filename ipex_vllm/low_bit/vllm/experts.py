@@ -1,0 +1,193 @@
+"""What vLLM does with a layer of experts: making its parameters, packing them, and calling the operator over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.quantization.online.moe_base import OnlineMoEMethodBase
+from vllm.platforms import current_platform
+
+from ipex_vllm.low_bit.experts import Expert, LowBitExperts
+from ipex_vllm.low_bit.kernels import experts as kernel
+from ipex_vllm.low_bit.memory import forget_pages
+from ipex_vllm.low_bit.recipe import ExpertStorage, Recipe
+from ipex_vllm.low_bit.vllm.progress import Progress
+
+ACTIVATIONS = {
+    MoEActivation.SILU: "silu",
+    MoEActivation.GELU: "gelu",
+    MoEActivation.GELU_TANH: "gelu_tanh",
+    MoEActivation.SWIGLUOAI: "clamped_swiglu",
+    MoEActivation.SWIGLUOAI_UNINTERLEAVE: "clamped_swiglu",
+}
+# Of clamped_swiglu, as the operator has them; a layer that says nothing means these.
+LIMIT, ALPHA, BETA = 7.0, 1.702, 1.0
+
+
+def experts_method(layer: RoutedExperts, recipe: Recipe, progress: Progress, prefix: str) -> FusedMoEMethodBase:
+    """The method for a layer of experts: quantized while it loads, or left as it is, with a line that says so."""
+    config = layer.moe_config
+    storage = recipe.expert_storage(prefix, config.hidden_dim, config.intermediate_size_per_partition)
+    reason = storage if isinstance(storage, str) else unsuitable_reason(layer)
+    if reason is None:
+        assert isinstance(storage, ExpertStorage)
+        return QuantizeExpertsOnLoad(config, storage, progress)
+    progress.keep_layer(prefix, reason)
+    return KeptExpertsMethod(config, progress)
+
+
+def unsuitable_reason(layer: RoutedExperts) -> str | None:
+    """Say why the operator does not compute these experts, or None if it does."""
+    if not current_platform.is_cpu():
+        return "experts are quantized on CPUs only"
+    if reason := kernel.unavailable_reason():
+        return reason
+    activation = layer.activation
+    if activation not in ACTIVATIONS:
+        return f"there is no kernel for experts with {activation.value}"
+    usual = {"swiglu_limit": LIMIT, "swiglu_alpha": ALPHA, "swiglu_beta": BETA}
+    is_clamped = ACTIVATIONS[activation] == "clamped_swiglu"
+    for name, value in usual.items():
+        if getattr(layer, name) not in ((None, value) if is_clamped else (None,)):
+            return f"there is no kernel for experts with a {name} of {getattr(layer, name)}"
+    if activation == MoEActivation.SWIGLUOAI and layer.moe_config.tp_size > 1:
+        return "gpt-oss' experts over several ranks are not quantized yet"
+    if layer.moe_config.experts_per_token > kernel.MOST_CHOSEN:
+        return f"there is no kernel for more than {kernel.MOST_CHOSEN} experts a token"
+    return None
+
+
+class KeptExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
+    """Experts as they are, and the line that says so."""
+
+    def __init__(self, moe: Any, progress: Progress) -> None:
+        super().__init__(moe)
+        self.progress = progress
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        super().process_weights_after_loading(layer)
+        self.progress.report_kept_layers()
+
+
+class WholeCopies(nn.Parameter):
+    """A parameter that vLLM's gpt-oss fills by `copy_`, all experts at once and past its loader."""
+
+    weight_loader: Callable[..., Any]
+
+    def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        self.weight_loader(self, source)
+        return self
+
+
+def loading(layer: RoutedExperts) -> Callable[..., bool | None]:
+    """The layer's loader, which also takes the tensor of all experts; a mapped one takes no memory afterwards."""
+
+    def load(
+        param: nn.Parameter,
+        loaded_weight: torch.Tensor,
+        weight_name: str = "",
+        shard_id: str = "",
+        expert_id: int | None = None,
+        return_success: bool = False,
+    ) -> bool | None:
+        done: bool | None = True
+        if expert_id is None:
+            param.data.as_subclass(torch.Tensor).copy_(loaded_weight)
+        else:
+            arguments = (param, loaded_weight, weight_name, shard_id, expert_id)
+            done = layer.weight_loader(*arguments, return_success=return_success)
+        if loaded_weight.is_contiguous() and not param.is_meta:
+            forget_pages(loaded_weight)
+        return done
+
+    return load
+
+
+class QuantizeExpertsOnLoad(OnlineMoEMethodBase):  # type: ignore[misc]
+    """Packs a layer's experts one by one, as soon as the last of the layer's weights has been read."""
+
+    def __init__(self, moe: Any, storage: ExpertStorage, progress: Progress) -> None:
+        super().__init__(moe)
+        self.storage, self.progress = storage, progress
+
+    @property
+    def supports_eplb(self) -> bool:
+        return False
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        extra_weight_attrs["weight_loader"] = loading(layer)
+        arguments = (num_experts, hidden_size, intermediate_size_per_partition, params_dtype)
+        super().create_weights(layer, *arguments, **extra_weight_attrs)
+        for parameter in layer.parameters(recurse=False):
+            parameter.__class__ = WholeCopies
+        self.progress.expect_layer()
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
+        return None
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        # vLLM calls this once when the layer is complete, and for all layers at the end.
+        if hasattr(layer, "low_bit"):
+            return
+        self._zero_padding(layer)
+        biases: tuple[torch.Tensor, ...] = ()
+        if self.moe.has_bias:
+            biases = (*self.gate_and_up(layer, layer.w13_bias), layer.w2_bias)
+        layer.low_bit = LowBitExperts(
+            self.experts(layer),
+            len(layer.w13_weight),
+            self.storage,
+            ACTIVATIONS[layer.activation],
+            *biases,
+        )
+        for name in list(layer._parameters):
+            if name.startswith(("w13_", "w2_")):
+                # vLLM goes on to offer the experts of other ranks, which has to find something.
+                parameter = WholeCopies(torch.empty(0), requires_grad=False)
+                parameter.weight_loader = lambda *arguments, **options: False
+                setattr(layer, name, parameter)
+        self.progress.finish_layer(layer.low_bit)
+
+    def gate_and_up(self, layer: RoutedExperts, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The halves of [experts, 2 * intermediate, ...]: one after the other, or in gpt-oss each second row."""
+        rows = rows.detach().as_subclass(torch.Tensor)
+        if layer.activation == MoEActivation.SWIGLUOAI:
+            return rows[:, 0::2], rows[:, 1::2]
+        gate, up = rows.chunk(2, dim=1)
+        return gate, up
+
+    def experts(self, layer: RoutedExperts) -> Iterator[Expert]:
+        down = layer.w2_weight.detach().as_subclass(torch.Tensor)
+        return zip(*self.gate_and_up(layer, layer.w13_weight), down, strict=True)
+
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if layer.apply_router_weight_on_input:
+            x = x * topk_weights.to(x.dtype)  # of the one expert that such models choose
+            topk_weights = torch.ones_like(topk_weights)
+        if layer.expert_map is not None:  # this rank has a part of the experts; those of others are -1
+            mapped = layer.expert_map[topk_ids.clamp(min=0).long()]
+            topk_ids = torch.where(topk_ids < 0, -1, mapped)
+        y: torch.Tensor = layer.low_bit(x, topk_weights, topk_ids)
+        return y
