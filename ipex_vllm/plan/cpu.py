@@ -221,7 +221,7 @@ def _choose_kv_cache(
 ) -> tuple[int, str, int | None]:
     """Bytes of a rank, the reason, and the context in tokens that they hold, None if that is not known."""
     num_ranks = len(rank_cores)
-    loaded = weight_bytes(model, options)
+    loaded = weight_bytes(model, options, num_ranks)
     wanted = wanted_context(model, demands)
     # vLLM keeps keys and values in the dtype that it computes in.
     is_float32 = options.low_bit == "fp32" or demands.dtype == "float32"

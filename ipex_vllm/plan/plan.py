@@ -114,8 +114,8 @@ def weight_format(options: WorkerOptions | Plan, device: Device = "cpu") -> Form
         raise OptionError(f"--low-bit: {error}") from error
 
 
-def weight_bytes(model: ModelFacts, options: WorkerOptions) -> int | None:
-    """Memory that a host's weights take once loaded, over all its ranks; None for a model that is not here yet.
+def weight_bytes(model: ModelFacts, options: WorkerOptions, num_ranks: int = 1) -> int | None:
+    """Memory that a host's weights take once loaded, over all its `num_ranks`; None for a model that is not here yet.
 
     Raises OptionError for an unknown format.
     """
@@ -132,6 +132,7 @@ def weight_bytes(model: ModelFacts, options: WorkerOptions) -> int | None:
             device=device,
             outer=options.low_bit_outer,
             is_tied=model.is_tied,
+            quantizes_experts=num_ranks * model.num_hosts == 1,
         )
         return whole // model.num_hosts
     if format.kind == "dtype":
