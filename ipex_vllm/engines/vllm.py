@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import threading
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from starlette.types import ASGIApp
 from ipex_vllm.engines import vllm_openai
 from ipex_vllm.engines.engine import Engine
 from ipex_vllm.engines.generation import ContextOverflow, Delta, Generation, InvalidParameter, RequestError
+from ipex_vllm.engines.group import until_gone
 from ipex_vllm.engines.tokenization import PromptEncoder
 from ipex_vllm.engines.vllm_devices import DEVICES, bound_threads
 from ipex_vllm.engines.vllm_failure import told_in_one_line
@@ -243,12 +245,24 @@ def check_weights(model: Path) -> None:
 
 
 def follow(engine_args: Any) -> NoReturn:
-    """Compute for the worker with --node-rank 0, which has clients and scheduler, until a signal or a process' end."""
+    """Compute for the worker with --node-rank 0, which has clients and scheduler, until a signal or a process' end.
+
+    This host's own processes do not notice the end of host 0: they wait for what it sends them.
+    """
     from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
     executor = MultiprocExecutor(engine_args.create_engine_config(headless=True), monitor_workers=False)
     logger.info("ready: host %d of %d, for %s", engine_args.node_rank, engine_args.nnodes, engine_args.master_addr)
-    executor.start_worker_monitor(inline=True)
+    ended = threading.Event()
+
+    def monitor() -> None:
+        executor.start_worker_monitor(inline=True)
+        ended.set()
+
+    threading.Thread(target=monitor, daemon=True).start()
+    if until_gone(engine_args.master_addr, engine_args.master_port, ended):
+        executor.shutdown()
+        raise EngineError(f"host 0, {engine_args.master_addr}, has ended or cannot be reached; start both again")
     raise EngineError("a process of this host has ended; its own log lines above say why")
 
 
