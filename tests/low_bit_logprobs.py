@@ -11,6 +11,7 @@ import sys
 
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.model_executor.models import registry
 
 from ipex_vllm.low_bit import linear
 from ipex_vllm.low_bit.kernels.dequantize import DequantizingLinear
@@ -38,6 +39,8 @@ def logprobs(arguments: dict[str, object]) -> list[float]:
 
 
 def main() -> None:
+    # vLLM looks at each class of models in a process of its own, for the sake of CUDA; here that only takes long.
+    registry._run_in_subprocess = lambda look: look()
     for arguments in json.loads(sys.argv[1]):
         result: list[float] | str
         try:
