@@ -1,4 +1,7 @@
-"""The settings that follow from a processor and its memory. Each decision is a line with its reason."""
+"""The settings that follow from a processor and its memory. Each decision is a line with its reason.
+
+It is longer than other files because the decisions rest on each other: cores, memory, cache, context.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 // The torch operators over the matmuls, registered through torch's stable C interface (PyTorch 2.8 and later). Its
 // functions are looked up in the process, so that no header of torch is needed and one library serves every version.
-// Compiled with exceptions, which is how an operator fails.
+// Compiled with exceptions, which is how an operator fails. It is longer than other files because every operator is here,
+// beside the one set of checks.
 #include <dlfcn.h>
 #include <omp.h>
 
