@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,16 @@ def pytest_configure() -> None:
         usable = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, usable[number::processes] or usable)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # it ignores Ctrl-C, and so would what it starts
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """What a test starts inherits the environment of this process; what a test changes in it ends with the test."""
+    before = dict(os.environ)
+    yield
+    if os.environ != before:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @pytest.fixture
