@@ -1,5 +1,6 @@
 """What of vLLM and torchvision is put right, and that it still is wrong there: where it is not, the mend can go."""
 
+import ast
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,8 +13,12 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
+from ipex_vllm.low_bit.formats import FORMATS
+from ipex_vllm.low_bit.recipe import on_load
 from ipex_vllm.low_bit.vllm import upstream
 from ipex_vllm.low_bit.vllm.config import CONFIGS
+from ipex_vllm.low_bit.vllm.linear import EmbeddingMethod
+from ipex_vllm.low_bit.vllm.progress import Progress
 
 NUM_TOKENS, NUM_HEADS, HEAD_SIZE = 5, 4, 32
 
@@ -98,24 +103,53 @@ def test_a_head_is_quantized_though_its_model_does_not_hand_the_configuration_on
     vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[object] = []
-    monkeypatch.setattr(upstream, "make_head", lambda self, *_, **options: seen.append(options.get("quant_config")))
-    upstream.make_head_with_config(object(), 64, 128, prefix="lm_head")
+
+    def make(self, size, width, dtype=None, original=None, padding=64, quant_config=None, prefix="", quant_method=None):
+        seen.append(quant_config)
+
+    monkeypatch.setattr(upstream, "make_embedding", make)
+    layer = object()
+    upstream.make_embedding_with_config(layer, 64, 128, prefix="lm_head")
     vllm_config.quant_config = ours = CONFIGS[0]()
-    upstream.make_head_with_config(object(), 64, 128, prefix="lm_head")
-    upstream.make_head_with_config(object(), 64, 128, quant_config="its own")
+    upstream.make_embedding_with_config(layer, 64, 128, prefix="lm_head")
+    upstream.make_embedding_with_config(layer, 64, 128, None, None, 64, None, "lm_head")
+    upstream.make_embedding_with_config(layer, 64, 128, quant_config="its own")
+    upstream.make_embedding_with_config(layer, 64, 128, quant_method="its own")
     vllm_config.quant_config = object()  # another method than ours
-    upstream.make_head_with_config(object(), 64, 128)
-    assert seen == [None, ours, "its own", None]
+    upstream.make_embedding_with_config(layer, 64, 128)
+    assert seen == [None, ours, ours, "its own", None, None]
 
 
-MODELS_WITHOUT = ("gpt_oss", "qwen3_next", "falcon_h1", "mamba2", "bloom", "opt")
+@pytest.mark.parametrize("head", [None, "none"])
+def test_an_embedding_that_is_the_head_is_multiplied_with_in_the_heads_format(head: str | None) -> None:
+    recipe = on_load(FORMATS["sym_int4"], head)
+    method = EmbeddingMethod(recipe, Progress(recipe.format), "")
+    layer = torch.nn.Module()
+    torch.manual_seed(0)
+    method.create_weights(layer, 128, [64], 128, 64, torch.float32)
+    layer.weight.data.normal_()
+    method.process_weights_after_loading(layer)
+    x = torch.randn(3, 128)
+    exact = x @ layer.weight.T
+    error = (method.apply(layer, x) - exact).abs().max() / exact.std()
+    assert (error < 1e-6) if head == "none" else (1e-4 < error < 0.05)
+    assert torch.equal(method.embedding(layer, torch.tensor([5])), layer.weight[5:6])
 
 
-@pytest.mark.parametrize("name", MODELS_WITHOUT)
-def test_vllms_model_still_does_not_hand_it_on(name: str) -> None:
+MODELS_WITHOUT = {
+    "ParallelLMHead": ("gpt_oss", "qwen3_next", "falcon_h1", "mamba2", "bloom", "opt"),
+    "VocabParallelEmbedding": ("gemma2", "commandr"),
+}
+
+
+@pytest.mark.parametrize(
+    ("layer", "name"), [(layer, name) for layer, names in MODELS_WITHOUT.items() for name in names]
+)
+def test_vllms_model_still_does_not_hand_it_on(layer: str, name: str) -> None:
     source = (Path(upstream.cpu_router.__file__).parents[3] / "models" / f"{name}.py").read_text()
-    call = source.split("ParallelLMHead(", 1)[1].split("prefix=", 1)[0]
-    assert "quant_config" not in call
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    makes = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == layer]
+    assert any("quant_config" not in [keyword.arg for keyword in call.keywords] for call in makes)
 
 
 def test_vllms_cpu_library_still_has_no_state_space_operator_of_the_first_kind() -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -47,34 +48,40 @@ def of_vllm(folder: Path, format_name: str | None, quantized: list[torch.Tensor]
     from vllm import LLM, SamplingParams
 
     from ipex_vllm.low_bit import vllm_arguments
+    from ipex_vllm.low_bit.kernels import experts
     from ipex_vllm.low_bit.linear import make_linear
-    from ipex_vllm.low_bit.quantize import dequantize
+    from ipex_vllm.low_bit.quantize import QuantizedWeight, dequantize
     from ipex_vllm.low_bit.vllm import linear
 
     def noting(weight: Any, dtype: torch.dtype) -> Any:
         quantized.append(dequantize(weight))
         return make_linear(weight, dtype)
 
-    setattr(linear, "make_linear", noting)  # noqa: B010  (which mypy takes for private)
-    llm = LLM(
-        model=str(folder),
-        skip_tokenizer_init=not (folder / "tokenizer.json").exists(),
-        language_model_only=True,
-        max_model_len=128,
-        max_num_seqs=4,
-        max_num_batched_tokens=128,
-        enforce_eager=True,
-        kv_cache_memory_bytes=1 << 26,
-        gpu_memory_utilization=0.05,
-        distributed_executor_backend="vllm.v1.executor.uniproc_executor.UniProcExecutor",
-        **vllm_arguments(format_name, str(folder), "cpu"),
-        **arguments,
-    )
+    def noting_expert(weight: QuantizedWeight) -> torch.Tensor:
+        quantized.append(dequantize(weight))
+        return pack(weight)
+
+    pack = experts.pack
     sampling = SamplingParams(
         temperature=0.0, max_tokens=NUM_GREEDY, logprobs=0, prompt_logprobs=0, detokenize=False, ignore_eos=True
     )
-    prompt = token_ids(llm.llm_engine.model_config.hf_config, NUM_PROMPT).tolist()
-    output = llm.generate({"prompt_token_ids": prompt}, sampling, use_tqdm=False)[0]
+    with patch.object(linear, "make_linear", noting), patch.object(experts, "pack", noting_expert):
+        llm = LLM(
+            model=str(folder),
+            skip_tokenizer_init=not (folder / "tokenizer.json").exists(),
+            language_model_only=True,
+            max_model_len=128,
+            max_num_seqs=4,
+            max_num_batched_tokens=128,
+            enforce_eager=True,
+            kv_cache_memory_bytes=1 << 26,
+            gpu_memory_utilization=0.05,
+            distributed_executor_backend="vllm.v1.executor.uniproc_executor.UniProcExecutor",
+            **vllm_arguments(format_name, str(folder), "cpu"),
+            **arguments,
+        )
+        prompt = token_ids(llm.llm_engine.model_config.hf_config, NUM_PROMPT).tolist()
+        output = llm.generate({"prompt_token_ids": prompt}, sampling, use_tqdm=False)[0]
     greedy = output.outputs[0]
     tokens = [*prompt, *greedy.token_ids]
     entries = [*output.prompt_logprobs[1:], *greedy.logprobs]

@@ -22,7 +22,8 @@ def test_architectures_answer_as_transformers_does() -> None:
     assert not [result for result in results if not report.holds(result)]
     assert done.returncode == 0
     quantized = {result["name"]: result["quantized"] for result in results if result["format"] == "sym_int4"}
-    assert quantized["gpt-oss"] == 5, "qkv and o of both layers, and the head"
+    assert quantized["gemma2"] == 9, "four of each layer, and the embedding as the head"
+    assert quantized["gpt-oss"] == 21, "qkv, o and two of each of four experts of both layers, and the head"
 
 
 def test_the_table_has_a_row_for_each_architecture() -> None:

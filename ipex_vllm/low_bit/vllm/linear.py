@@ -31,15 +31,15 @@ from ipex_vllm.low_bit.vllm.progress import Progress
 class EmbeddingMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
     """An embedding as it is, and a quantized copy of it where the model has it for its output head, too.
 
-    Gemma 2 and Cohere multiply with the embedding itself, which only the first such call tells: vLLM's own, when it
-    measures the memory that a step takes.
+    Gemma 2 and Cohere multiply with the embedding itself, which only the first such call tells: at the latest that of
+    the request with which a worker warms up.
     """
 
     def __init__(self, recipe: Recipe, progress: Progress, prefix: str) -> None:
         super().__init__()
         self.recipe = recipe
         self.progress = progress
-        self.prefix = prefix
+        self.prefix = prefix or "the embedding"  # which some models do not name
 
     def process_weights_after_loading(self, layer: Any) -> None:
         pass  # vLLM would pack a second copy for a matmul that only an output head does
@@ -47,6 +47,8 @@ class EmbeddingMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if not hasattr(layer, "low_bit"):
             layer.low_bit = self.quantized_head(layer.weight, x.dtype)
+            if layer.low_bit is None:
+                super().process_weights_after_loading(layer)
         y: torch.Tensor = super().apply(layer, x, bias) if layer.low_bit is None else layer.low_bit(x, bias)
         return y
 

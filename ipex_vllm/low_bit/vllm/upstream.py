@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
 from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable
-from vllm.config import get_current_vllm_config
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.fused_moe.router import cpu_router
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.platforms import current_platform
 
 from ipex_vllm.low_bit.vllm.config import LowBitConfig
 
 rotate = RotaryEmbedding.forward_cpu
 route = cpu_router.CPURouter._compute_routing
-make_head = ParallelLMHead.__init__
+make_embedding = VocabParallelEmbedding.__init__
 
 
 def mend() -> None:
     """Mend all of them; a second call changes nothing."""
     load_compiled()
-    ParallelLMHead.__init__ = make_head_with_config
+    VocabParallelEmbedding.__init__ = make_embedding_with_config
     if current_platform.is_cpu():
         allow_amx()
         RotaryEmbedding.forward_cpu = rotate_heads
@@ -93,13 +94,16 @@ def route_with_bias(
     return route(self, hidden_states, router_logits, indices_type, input_ids=input_ids)  # type: ignore[no-any-return]
 
 
-@functools.wraps(make_head)
-def make_head_with_config(self: Any, *arguments: Any, **options: Any) -> None:
+@functools.wraps(make_embedding)
+def make_embedding_with_config(self: Any, *arguments: Any, **options: Any) -> None:
     """An output head that is quantized though its model does not hand the configuration on.
 
-    gpt-oss, Qwen3-Next, Falcon-H1, Mamba 2, OPT and BLOOM do not.
+    gpt-oss, Qwen3-Next, Falcon-H1, Mamba 2, OPT and BLOOM do not; nor do Gemma 2 and Cohere, whose embedding it is.
     """
-    config = get_current_vllm_config().quant_config
-    if isinstance(config, LowBitConfig) and len(arguments) < 7 and options.get("quant_config") is None:
-        options["quant_config"] = config
-    make_head(self, *arguments, **options)
+    given = inspect.signature(make_embedding).bind(self, *arguments, **options)
+    config = get_current_vllm_config_or_none()
+    ours = config.quant_config if config is not None else None
+    is_chosen = any(given.arguments.get(name) is not None for name in ("quant_config", "quant_method"))
+    if isinstance(ours, LowBitConfig) and not is_chosen:
+        given.arguments["quant_config"] = ours
+    make_embedding(*given.args, **given.kwargs)
