@@ -13,6 +13,7 @@ import transformers
 from gguf import GGMLQuantizationType as Kind
 from gguf import quants
 from transformers import AutoModelForCausalLM
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 VOCABULARY = 320
@@ -175,7 +176,7 @@ def write_metadata(writer: gguf.GGUFWriter, architecture: str, config: Any) -> N
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    letters = sorted(transformers.convert_slow_tokenizer.bytes_to_unicode().values())
+    letters = sorted(bytes_to_unicode().values())
     letters.append("ab")
     tokens = [*letters, *(f"<{index}>" for index in range(len(letters), config.vocab_size))]
     writer.add_tokenizer_model("gpt2")

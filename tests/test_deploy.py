@@ -104,7 +104,8 @@ def test_flags_of_the_worker() -> None:
     parser = make_parser(load=None)
     for module, *arguments in commands():
         if module == "ipex_vllm.worker":
-            assert parser.parse_args(arguments).port == 21002
+            filled_in = [argument.replace("$(POD_IP)", "10.0.0.7") for argument in arguments]  # as Kubernetes does
+            assert parser.parse_args(filled_in).port == 21002
 
 
 def test_worker_options_of_the_systemd_unit() -> None:
