@@ -98,8 +98,9 @@ def test_a_worker_that_dies_under_load_costs_its_own_requests_and_comes_back(clu
     assert 0 < len(failed) < len(errors)
     assert all(isinstance(error, openai.APIStatusError) for error in failed), "told, and not left hanging"
 
-    # More than the dead one's last known queue, which alone would keep the first few away from it.
-    eventually(lambda: cluster.addresses("twice", 40) == {cluster.second.url}, "the dead one is forgotten")
+    # More between two heartbeats, which set the living one's back to zero, than the dead one's last known queue: that
+    # alone would keep so many away from it.
+    eventually(lambda: cluster.addresses("twice", 300) == {cluster.second.url}, "the dead one is forgotten")
     assert all(cluster.complete("twice") for _ in range(4))
 
     cluster.first.start()
