@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
-from transformers.integrations import moe
 
 from ipex_vllm.low_bit import importance
 from ipex_vllm.low_bit.experts import LowBitExperts
@@ -71,6 +70,8 @@ class HfLowBitExperts(nn.Module):
 
 def activation_of(experts: Any) -> str | None:
     """What the operator calls the activation of Transformers' stacked `experts`; None if it has none like it."""
+    from transformers.integrations import moe  # from Transformers 5 on, which alone has stacked experts of this kind
+
     if not experts.has_gate:
         return None
     if type(experts)._apply_gate is moe._default_apply_gate:

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from fastchat.conversation import Conversation, SeparatorStyle
 
 from benchmarks.make_model import make_model
 from ipex_vllm.engines.ipex_llm import CPU_FORMATS
@@ -54,7 +55,15 @@ def test_a_stream_grows_and_ends_twice_with_the_whole_answer(url: str) -> None:
 
 def test_the_chat_template_is_the_models_own(url: str) -> None:
     conv = httpx.post(f"{url}/worker_get_conv_template", trust_env=False).json()["conv"]
-    assert conv["roles"] == ["<|im_start|>user\n", "<|im_start|>assistant\n"]
+    conversation = Conversation(**{**conv, "sep_style": SeparatorStyle(conv["sep_style"]), "messages": []})
+    conversation.append_message(conversation.roles[0], "What does itertools.chain do?")
+    conversation.append_message(conversation.roles[1], None)
+    assert conversation.get_prompt() != PROMPT, "a notation, which the worker reads"
+    told = generate(url, prompt=conversation.get_prompt(), echo=False, temperature=0, max_new_tokens=24)
+    assert told["error_code"] == 0, told
+    tokens = told["usage"]["prompt_tokens"]
+    plain = generate(url, prompt=PROMPT, echo=False, temperature=0, max_new_tokens=24)
+    assert (told["text"], tokens) == (plain["text"], plain["usage"]["prompt_tokens"])
 
 
 def test_sampling_parameters_reach_the_engine(tmp_path: Path) -> None:
