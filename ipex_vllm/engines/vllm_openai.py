@@ -23,7 +23,7 @@ from starlette.responses import JSONResponse, Response
 from ipex_vllm.engines.bounds import check_logprobs, check_stops
 from ipex_vllm.engines.generation import InternalError, InvalidParameter
 from ipex_vllm.engines.turns import Turn, current_turn
-from ipex_vllm.engines.vllm_parsers import choose_parsers
+from ipex_vllm.engines.vllm_parsers import choose_parsers, register_forced_calls
 from ipex_vllm.errors import EngineError, OptionError, root_cause
 
 logger = logging.getLogger(__name__)
@@ -100,9 +100,8 @@ def apply_parsers(args: argparse.Namespace, model_path: str) -> None:
     if args.tool_call_parser or args.reasoning_parser:
         return
     chosen = choose_parsers(model_path)
-    args.enable_auto_tool_choice = chosen.tools is not None
-    # A call that is forced is made by a grammar, for any model; vLLM asks for a parser all the same.
-    args.tool_call_parser = chosen.tools or "hermes"
+    args.enable_auto_tool_choice = True  # without it vLLM has no parser, for calls that are forced either
+    args.tool_call_parser = chosen.tools or register_forced_calls()
     args.reasoning_parser = chosen.reasoning or ""
     logger.info("parsers: %s", chosen)
 

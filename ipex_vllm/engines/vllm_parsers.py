@@ -78,6 +78,33 @@ def choose_parsers(model_path: str) -> Parsers:
     return Parsers(_first(TOOLS, model_type, template), _first(REASONING, model_type, template))
 
 
+def register_forced_calls() -> str:
+    """Give vLLM a parser for models whose template shows no tools; its name.
+
+    A call that is forced is made by a grammar, for any model, and vLLM asks for a parser all the same, which it makes
+    only where "auto" is allowed: so that is refused here, since such a model is not told of its tools.
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.tool_parsers import ToolParserManager
+
+    name = "ipex_vllm_forced"
+    hermes: Any = ToolParserManager.get_tool_parser("hermes")
+
+    class ForcedCalls(hermes):  # type: ignore[misc]
+        def adjust_request(self, request: Any) -> Any:
+            if request.tools and request.tool_choice == "auto":
+                raise VLLMValidationError(
+                    "The model's chat template shows it no tools, so it cannot choose one: force a call with "
+                    'tool_choice "required" or a function\'s name, or start the worker with --enable-auto-tool-choice '
+                    "and --tool-call-parser.",
+                    parameter="tool_choice",
+                )
+            return super().adjust_request(request)
+
+    ToolParserManager.register_module(name, force=True, module=ForcedCalls)
+    return name
+
+
 def read_template(folder: Path) -> str:
     """All chat templates of a model directory, as one text; empty where there is none."""
     alone = folder / "chat_template.jinja"

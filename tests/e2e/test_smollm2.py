@@ -4,17 +4,28 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import openai
 import pytest
 
 from tests.processes import Service
+
+PARAMETERS = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 20}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+# No parser is known by this model's template, which shows no tools.
+TOOL = {"type": "function", "function": {"name": "weather", "strict": True, "parameters": PARAMETERS}}
 
 
 @pytest.mark.runs(
     "curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' "
     '-d \'{"model": "smollm2", "messages": [{"role": "user", "content": "What is gravity?"}]}\'',
 )
-def test_the_readmes_curl_gets_an_answer_in_plain_english(tmp_path: Path) -> None:
+def test_the_readmes_curl_gets_an_answer_in_plain_english_and_a_forced_call_is_made(tmp_path: Path) -> None:
     with Service(tmp_path / "up", "--model-path", "smollm2") as service:
         printed = re.search(r"curl (\S+) -H '([^']+)' .*?-d '(.+?)'\n", service.output, re.DOTALL)
         assert printed is not None
@@ -23,4 +34,18 @@ def test_the_readmes_curl_gets_an_answer_in_plain_english(tmp_path: Path) -> Non
         content = json.loads(answer.stdout)["choices"][0]["message"]["content"]
         assert "force" in content.lower(), content
         assert "210 q4_1 as asym_int4, 61 f32 as they are, 1 q8_0 as sym_int8" in service.output
+        client = openai.OpenAI(base_url=f"{service.worker_url}/v1", api_key="none", max_retries=0)
+        asked: Any = {
+            "model": "smollm2",
+            "messages": [{"role": "user", "content": "Is it warm in Rome?"}],
+            "tools": [TOOL],
+        }
+        for choice in ({"type": "function", "function": {"name": "weather"}}, "required"):
+            called = client.chat.completions.create(**asked, tool_choice=choice, temperature=0, max_tokens=100)
+            (call,) = called.choices[0].message.tool_calls or []
+            assert call.function.name == "weather"
+            assert set(json.loads(call.function.arguments)) == {"city"}
+        for automatic in ({}, {"tool_choice": "auto"}):
+            with pytest.raises(openai.BadRequestError, match="shows it no tools"):
+                client.chat.completions.create(**asked, **automatic)
         assert service.stop() == 0
