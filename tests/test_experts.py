@@ -99,13 +99,6 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize(("format_name", "group"), STORAGES)
 @pytest.mark.parametrize("tokens", [1, 2, 40, 300])
 def test_every_layout(format_name, group, tokens):

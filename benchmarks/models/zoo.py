@@ -93,6 +93,10 @@ def with_images(config: str, structure: str, text: dict[str, Any], **settings: A
 
 ALL_FORMATS = ("float", "sym_int8", "sym_int4")
 NO_OPERATOR = "vLLM has the operator for GPUs alone"
+# Of Qwen's models that take images, from the second generation on.
+QWEN_TOKENS = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
+QWEN_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}}
+
 ALTERNATING = ["sliding_attention", "full_attention"]
 LINEAR_THEN_FULL = ["linear_attention", "full_attention"]
 
@@ -486,22 +490,16 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2-vl": with_images(
         "Qwen2VLConfig",
         "rotary in three sections",
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}},
+        QWEN_ROPE,
         vision_config={"depth": 1, "embed_dim": 64, "hidden_size": 128, "num_heads": 2, "mlp_ratio": 2},
-        image_token_id=5,
-        video_token_id=6,
-        vision_start_token_id=7,
-        vision_end_token_id=8,
+        **QWEN_TOKENS,
     ),
     "qwen2.5-vl": with_images(
         "Qwen2_5_VLConfig",
         "rotary in three sections, windows in the tower",
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}},
+        QWEN_ROPE,
         vision_config={"depth": 1, "hidden_size": 64, "intermediate_size": 128, "out_hidden_size": 128, "num_heads": 2},
-        image_token_id=5,
-        video_token_id=6,
-        vision_start_token_id=7,
-        vision_end_token_id=8,
+        **QWEN_TOKENS,
     ),
     "qwen3-vl": with_images(
         "Qwen3VLConfig",
@@ -517,10 +515,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         vision_config={"depth": 2, "hidden_size": 64, "intermediate_size": 128, "out_hidden_size": 128, "num_heads": 2}
         | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
-        image_token_id=5,
-        video_token_id=6,
-        vision_start_token_id=7,
-        vision_end_token_id=8,
+        **QWEN_TOKENS,
     ),
     "qwen3.5": Architecture(
         "Qwen3_5Config",
@@ -528,10 +523,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         {
             "vision_config": {"depth": 1, "hidden_size": 64, "intermediate_size": 128, "out_hidden_size": 128}
             | {"num_heads": 2, "num_position_embeddings": 16},
-            "image_token_id": 5,
-            "video_token_id": 6,
-            "vision_start_token_id": 7,
-            "vision_end_token_id": 8,
+            **QWEN_TOKENS,
         },
         {**BASE, **LINEAR_ATTENTION, "layer_types": LINEAR_THEN_FULL, "head_dim": 64},
         "AutoModelForImageTextToText",

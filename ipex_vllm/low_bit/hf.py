@@ -123,13 +123,12 @@ def quantize_model(
         return model.to(device, getattr(torch, str(format.dtype)))
     if device != "cpu":
         raise ValueError(f"{format.name} on a Transformers model runs on the CPU only; use bf16 or fp16 on {device}")
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    recipe = on_load(format, head, group_size=group_size, outer=outer, num_layers=count_layers(names))
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    recipe = on_load(format, head, group_size=group_size, outer=outer, num_layers=count_layers(linears))
     output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     importances = importance.of_model(model)
-    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     replaced, kept = [], []
-    for name, linear in tqdm(linears, desc=f"Quantizing to {format.name}", unit="layer"):
+    for name, linear in tqdm(linears.items(), desc=f"Quantizing to {format.name}", unit="layer"):
         storage = recipe.storage(name, linear.in_features, is_head=linear is output)
         if isinstance(storage, str):
             kept.append((name, storage))

@@ -25,7 +25,23 @@ from ipex_vllm.low_bit.vllm.linear import EmbeddingMethod, LowBitMethod, OpenSav
 from ipex_vllm.low_bit.vllm.progress import Progress
 
 
-class LowBitConfig(QuantizationConfig):  # type: ignore[misc]
+class OwnConfig(QuantizationConfig):  # type: ignore[misc]
+    """What all of this package's methods answer alike."""
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        raise NotImplementedError("CUDA GPUs are not supported; vLLM asks for this on no other device")
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+
+class LowBitConfig(OwnConfig):
     """Quantize the linear layers and the output head while the checkpoint loads; embeddings stay as they are.
 
     vLLM's `additional_config` may choose the head's format and the group size, by the names that `save` writes into a
@@ -45,18 +61,6 @@ class LowBitConfig(QuantizationConfig):  # type: ignore[misc]
     @classmethod
     def get_name(cls) -> str:
         return f"ipex_{cls.format.name}"
-
-    @classmethod
-    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        raise NotImplementedError("CUDA GPUs are not supported; vLLM asks for this on no other device")
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> LowBitConfig:

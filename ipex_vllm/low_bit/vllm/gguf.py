@@ -17,7 +17,7 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     UnquantizedEmbeddingMethod,
@@ -31,11 +31,12 @@ from ipex_vllm.low_bit.quantize import QuantizedWeight
 from ipex_vllm.low_bit.readers import ggml, gguf
 from ipex_vllm.low_bit.recipe import ROUTER
 from ipex_vllm.low_bit.rows import Rows
+from ipex_vllm.low_bit.vllm.config import OwnConfig
 from ipex_vllm.low_bit.vllm.progress import Progress
 from ipex_vllm.machine.gguf import read_header
 
 
-class GgufConfig(QuantizationConfig):  # type: ignore[misc]
+class GgufConfig(OwnConfig):
     """Each weight in the format that its blocks in the file have; a layer of several weights may have several."""
 
     def __init__(self, files: list[str]) -> None:
@@ -48,18 +49,6 @@ class GgufConfig(QuantizationConfig):  # type: ignore[misc]
     @classmethod
     def get_name(cls) -> str:
         return gguf.METHOD
-
-    @classmethod
-    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        raise NotImplementedError("CUDA GPUs are not supported; vLLM asks for this on no other device")
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> GgufConfig:
