@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ipex_vllm.machine.facts import user_cache
+
 CONTENT = "engine and front end"  # what a listing has: another one is not read
 SIMPLE = (str, int, float, bool, type(None))
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -105,5 +107,4 @@ def listing_path() -> Path:
         raise ModuleNotFoundError("No module named 'vllm'")
     source = Path(found.origin).with_name("engine") / "arg_utils.py"
     key = hashlib.sha256(f"{source} {source.stat().st_mtime_ns} {CONTENT}".encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "ipex-vllm" / f"vllm-options-{key}.json"
+    return user_cache() / f"vllm-options-{key}.json"

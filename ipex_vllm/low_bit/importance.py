@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ipex_vllm.machine.checkpoint import weight_files
+from ipex_vllm.machine.facts import user_cache
 
 logger = logging.getLogger(__name__)
 
@@ -158,5 +158,4 @@ def _cache_file(model_path: str) -> Path:
     for file in (*weight_files(folder), folder / "config.json"):
         facts = file.stat()
         key.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "ipex-vllm" / "importance" / f"{folder.resolve().name[:64]}-{key.hexdigest()[:16]}.safetensors"
+    return user_cache() / "importance" / f"{folder.resolve().name[:64]}-{key.hexdigest()[:16]}.safetensors"

@@ -170,3 +170,8 @@ def _kib(meminfo: str, name: str) -> int:
 
 def _first(folder: Path, *patterns: str) -> str | None:
     return next((str(path) for pattern in patterns for path in sorted(folder.glob(pattern))), None)
+
+
+def user_cache() -> Path:
+    """The folder for what is kept between starts and can be made again: ~/.cache/ipex-vllm, or in $XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ipex-vllm"

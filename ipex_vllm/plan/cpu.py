@@ -17,7 +17,7 @@ from ipex_vllm.errors import EngineError, OptionError
 from ipex_vllm.machine.facts import GIB, MachineFacts
 from ipex_vllm.machine.model import ModelFacts
 from ipex_vllm.options import WorkerOptions
-from ipex_vllm.plan.plan import Demands, Plan, context_line, fitted_context, wanted_context, weight_bytes
+from ipex_vllm.plan.plan import Demands, Plan, context_line, fitted_context, shortened, wanted_context, weight_bytes
 
 # From this many cores a node spares one for the HTTP server and the scheduler. On fewer, the lost core costs more
 # than sharing does: on 2 cores, half of the arithmetic.
@@ -130,7 +130,7 @@ def make_plan(machine: MachineFacts, options: WorkerOptions, model: ModelFacts, 
     rank_cores, cores_reason = _choose_cores(machine, options.cores, num_ranks)
     kv_cache_bytes, kv_reason, context = _choose_kv_cache(machine, options, model, rank_cores, demands)
     whole = wanted_context(model, demands)
-    is_short = context is not None and context < whole
+    short = shortened(context, whole)
     use_compile, compile_reason = _choose_compile(options, model, demands)
     shown_cores = " | ".join(",".join(map(str, cores)) for cores in rank_cores)
     return Plan(
@@ -143,14 +143,14 @@ def make_plan(machine: MachineFacts, options: WorkerOptions, model: ModelFacts, 
         rank_cores=rank_cores,
         kv_cache_bytes=kv_cache_bytes,
         use_compile=use_compile,
-        context=context if is_short else None,
+        context=short,
         lines=(
             f"machine: {machine.name}; {', '.join(machine.isa) or 'no vector extension'}; "
             f"{machine.memory_available / GIB:.1f} of {machine.memory_total / GIB:.1f} GiB free",
             f"cores: {shown_cores} ({cores_reason})",
             f"preload: {_describe_preload(machine, options)}",
             f"KV cache: {kv_cache_bytes / GIB:.2f} GiB" + (" a rank" if num_ranks > 1 else "") + f" ({kv_reason})",
-            *([context_line(context, whole, kv_cache_bytes * num_ranks)] if context is not None and is_short else []),
+            *([] if short is None else [context_line(short, whole, kv_cache_bytes * num_ranks)]),
             f"mode: {'torch.compile' if use_compile else 'eager'} ({compile_reason})",
         ),
     )

@@ -98,6 +98,11 @@ def fitted_context(kv_cache: KvCache, wanted: int, size: int, demands: Demands) 
     return context if context >= least else None
 
 
+def shortened(context: int | None, whole: int) -> int | None:
+    """The context that fits, in tokens, where that is known to be less than the `whole` one."""
+    return context if context is not None and context < whole else None
+
+
 def context_line(context: int, whole: int, kv_cache_bytes: int) -> str:
     """What is told where the model's whole context does not fit."""
     return (

@@ -13,7 +13,7 @@ from ipex_vllm.errors import EngineError
 from ipex_vllm.machine.facts import GIB, MachineFacts
 from ipex_vllm.machine.model import ModelFacts
 from ipex_vllm.options import WorkerOptions
-from ipex_vllm.plan.plan import Demands, Plan, context_line, fitted_context, wanted_context, weight_bytes
+from ipex_vllm.plan.plan import Demands, Plan, context_line, fitted_context, shortened, wanted_context, weight_bytes
 
 MEMORY_SHARE = 0.92  # vLLM's own default for a card that is free; the rest is the driver's and the desktop's
 ACTIVATION_BYTES = GIB  # of a prefill step, and oneDNN's and oneCCL's buffers
@@ -84,7 +84,7 @@ def choose(
     utilization = min(MEMORY_SHARE, *(MEMORY_SHARE * card.memory_free / card.memory_total for card in used))
     kv_cache_bytes, kv_reason, context = _choose_kv_cache(used, options, model, utilization, demands)
     whole = wanted_context(model, demands)
-    is_short = context is not None and context < whole
+    short = shortened(context, whole)
     names = ", ".join(
         f"{card.name} ({card.memory_free / GIB:.1f} of {card.memory_total / GIB:.1f} GiB)" for card in used
     )
@@ -101,12 +101,12 @@ def choose(
         kv_cache_bytes=kv_cache_bytes,
         is_kv_cache_estimated=options.kv_cache_gib is None,
         use_compile=use_compile,
-        context=context if is_short else None,
+        context=short,
         memory_share=utilization,
         lines=(
             f"GPUs: {names} free; {len(cards)} seen ({', '.join(selectors) or f'{SELECTORS[0]} narrows them down'})",
             f"KV cache: {kv_cache_bytes / GIB:.2f} GiB a GPU ({kv_reason})",
-            *([context_line(context, whole, kv_cache_bytes * num_ranks)] if context is not None and is_short else []),
+            *([] if short is None else [context_line(short, whole, kv_cache_bytes * num_ranks)]),
             f"mode: {'torch.compile' if use_compile else 'eager'} "
             + ("(vLLM's default; --no-compile starts sooner)" if use_compile else "(chosen with --no-compile)"),
             *(f"{name} is set: {what}" for name, what in OUTDATED_VARIABLES.items() if name in environ),

@@ -20,6 +20,7 @@ import torch
 
 from ipex_vllm.low_bit.formats import FORMATS
 from ipex_vllm.low_bit.quantize import CHUNK_WEIGHTS, QuantizedWeight, quantize
+from ipex_vllm.low_bit.quantize import dequantize as dequantize_weight
 
 GROUP = 32
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -168,6 +169,4 @@ def dequantize(kind: str, rows: torch.Tensor) -> torch.Tensor:
 
         floats: torch.Tensor = dequant.dequantize(rows.flatten(), ROUNDED[kind])
         return floats.view(len(rows), -1)
-    from ipex_vllm.low_bit.quantize import dequantize as dequantize_weight
-
     return dequantize_weight(EXACT[kind](rows))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import tempfile
 from collections import Counter
@@ -25,6 +24,7 @@ from ipex_vllm.low_bit.readers.base import ExistingQuantization
 from ipex_vllm.low_bit.readers.gguf_config import config_of
 from ipex_vllm.low_bit.readers.gguf_tokenizer import write_tokenizer
 from ipex_vllm.low_bit.recipe import ROUTER
+from ipex_vllm.machine.facts import user_cache
 from ipex_vllm.machine.gguf import GgufHeader, GgufTensor, read_header
 
 # vLLM's load format and quantization for these models, and what `quant_method` says in their config.json.
@@ -82,7 +82,7 @@ def model_directory(files: list[Path]) -> Path:
     for file in files:
         facts = file.stat()
         key.update(f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns}\n".encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ipex-vllm" / "gguf"
+    cache = user_cache() / "gguf"
     folder = cache / f"{files[0].stem[:64]}-{key.hexdigest()[:16]}"
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from ipex_vllm.low_bit.experts import Expert, LowBitExperts
 from ipex_vllm.low_bit.kernels import experts as kernel
 from ipex_vllm.low_bit.memory import forget_pages
 from ipex_vllm.low_bit.recipe import ExpertStorage, Recipe
+from ipex_vllm.low_bit.vllm.linear import Kept
 from ipex_vllm.low_bit.vllm.progress import Progress
 
 ACTIVATIONS = {
@@ -39,7 +40,7 @@ def experts_method(layer: RoutedExperts, recipe: Recipe, progress: Progress, pre
         assert isinstance(storage, ExpertStorage)
         return QuantizeExpertsOnLoad(config, storage, progress)
     progress.keep_layer(prefix, reason)
-    return KeptExpertsMethod(config, progress)
+    return KeptExpertsMethod(progress, config)
 
 
 def unsuitable_reason(layer: RoutedExperts) -> str | None:
@@ -63,16 +64,8 @@ def unsuitable_reason(layer: RoutedExperts) -> str | None:
     return None
 
 
-class KeptExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
-    """Experts as they are, and the line that says so."""
-
-    def __init__(self, moe: Any, progress: Progress) -> None:
-        super().__init__(moe)
-        self.progress = progress
-
-    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        super().process_weights_after_loading(layer)
-        self.progress.report_kept_layers()
+class KeptExpertsMethod(Kept, UnquantizedFusedMoEMethod):  # type: ignore[misc]
+    pass
 
 
 class WholeCopies(nn.Parameter):

@@ -63,28 +63,24 @@ class EmbeddingMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
         return linear
 
 
-class KeptLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
-    """A linear layer as it is, and the line that says so."""
+class Kept:
+    """Before one of vLLM's methods that leave a layer as it is: the line that says so."""
 
-    def __init__(self, progress: Progress) -> None:
-        super().__init__()
+    def __init__(self, progress: Progress, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self.progress = progress
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        super().process_weights_after_loading(layer)
+        super().process_weights_after_loading(layer)  # type: ignore[misc]
         self.progress.report_kept_layers()
 
 
-class KeptHeadMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
-    """An output head as it is, and the line that says so."""
+class KeptLinearMethod(Kept, UnquantizedLinearMethod):  # type: ignore[misc]
+    pass
 
-    def __init__(self, progress: Progress) -> None:
-        super().__init__()
-        self.progress = progress
 
-    def process_weights_after_loading(self, layer: Any) -> None:
-        super().process_weights_after_loading(layer)
-        self.progress.report_kept_layers()
+class KeptHeadMethod(Kept, UnquantizedEmbeddingMethod):  # type: ignore[misc]
+    pass
 
 
 def forgetting(weight_loader: Callable[..., None]) -> Callable[..., None]:
