@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import uvicorn
 
 from ipex_vllm.demo import MODEL_DIR
@@ -37,6 +38,11 @@ def free_port() -> int:
         with socket.socket() as sock, contextlib.suppress(OSError):
             sock.bind(("127.0.0.1", port))
             return port
+
+
+def openai_client(url: str) -> openai.OpenAI:
+    """A client of the `/v1` at `url` that tries once; to be closed, or its socket warns in whatever test runs later."""
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
 
 
 class CharacterTokenizer:

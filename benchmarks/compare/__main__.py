@@ -26,6 +26,7 @@ from benchmarks.compare.findings import (
     Findings,
     Measurement,
     Stage,
+    front_line,
     start_line,
     table_rows,
     workload_title,
@@ -220,6 +221,7 @@ def main() -> int:
         write_files(args.out, result, comparison.measurements)
     for name, workload in result["workloads"].items():
         print_table(workload_title(name, workload), HEADER, table_rows(workload))
+        print(front_line(workload))
     if comparison.start_s:
         print(start_line(comparison.start_s))
     for name, why in {**comparison.absent, **comparison.failed}.items():

@@ -121,6 +121,7 @@ class Findings:
             "rss_peak_bytes": max((server["rss_peak_bytes"] for server in servers), default=None),
             "pss_bytes": max((server["pss_bytes"] for server in servers), default=None),
             "cpu_cores": float(np.mean([server["cpu_cores"] for server in servers])) if servers else None,
+            "front_cpu_s_per_1000_tokens": _front_cpu_s(runs),
             "client_is_busy": any(run.resources["client_is_busy"] for run in runs),
         }
 
@@ -158,6 +159,13 @@ def table_rows(workload: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _front_cpu_s(runs: Sequence[Run]) -> float | None:
+    """CPU seconds that the process that clients talk to takes for a thousand tokens, its children's not counted."""
+    tokens = sum(timeline.output_tokens or 0 for run in runs for timeline in run.timelines)
+    seconds = sum(run.resources["server"]["front_cpu_s"] for run in runs)
+    return seconds / tokens * 1000 if tokens else None
+
+
 def _milliseconds(seconds: float | None) -> str:
     return number(None if seconds is None else seconds * 1000)
 
@@ -172,12 +180,21 @@ def start_line(start_s: Mapping[str, Sequence[float]]) -> str:
     return "Seconds from start to ready: " + ", ".join(f"{name} {np.median(s):.0f}" for name, s in start_s.items())
 
 
+def front_line(workload: Mapping[str, Any]) -> str:
+    """One line with what each system's front end takes beside its engine."""
+    per_system = {name: system["front_cpu_s_per_1000_tokens"] for name, system in workload["systems"].items()}
+    return "CPU seconds of the answering process for 1000 tokens: " + ", ".join(
+        f"{name} {number(seconds)}" for name, seconds in per_system.items()
+    )
+
+
 def write_files(out: Path, result: Mapping[str, Any], measurements: Sequence[Measurement]) -> None:
     """Write JSON, Markdown, plots, and a CSV of the requests of each system and workload."""
     write_json(out / "result.json", dict(result))
     blocks = [f"# {result['title']}", f"{result['machine']['date']}, {result['machine']['cpu']}"]
     for name, workload in result["workloads"].items():
         blocks += [f"## {workload_title(name, workload)}", markdown_table(HEADER, table_rows(workload)).rstrip()]
+        blocks.append(front_line(workload))
     if result["start_s"]:
         blocks.append(start_line(result["start_s"]))
     if missing := {**result["absent"], **result["failed"]}:

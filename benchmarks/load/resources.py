@@ -45,6 +45,7 @@ class ResourceSampler:
         self._wall = time.perf_counter() - self._started
         self._client_cpu = sum(self._client.cpu_times()[:2]) - self._client_before
         tree = self._tree()
+        self._fronts = list(_cpu_by_process(self._roots))
         self._cpu_after = _cpu_by_process(tree)
         self._switches_after = _context_switches(tree)
         self._pss = _sum_memory(tree, "pss")
@@ -74,6 +75,8 @@ class ResourceSampler:
                 "pss_bytes": self._pss,
                 "cpu_cores": sum(cpu.values()),
                 "cpu_cores_by_process": cpu,
+                # Without their children, among which are the engines of servers that give them a process.
+                "front_cpu_s": self._wall * sum(cpu.get(name, 0.0) for name in self._fronts),
                 "context_switches_per_s": {
                     kind: (self._switches_after[kind] - self._switches_before[kind]) / self._wall
                     for kind in self._switches_after

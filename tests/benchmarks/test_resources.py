@@ -23,6 +23,7 @@ async def test_the_whole_process_tree_is_sampled() -> None:
     assert len(server["cpu_cores_by_process"]) == 2
     # The child spins; its parent only waits.
     assert server["cpu_cores"] > 2 * server["cpu_cores_by_process"][f"{process.pid} python"]
+    assert server["front_cpu_s"] < 0.25  # of half a second; the child took all of it
     assert server["rss_peak_bytes"] > server["pss_bytes"] > 0
     assert server["context_switches_per_s"].keys() == {"voluntary", "nonvoluntary"}
 

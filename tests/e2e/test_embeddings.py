@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import pytest
 import torch
 from transformers import (
@@ -22,7 +21,7 @@ from transformers import (
 
 from benchmarks.make_model import train_tokenizer, training_text
 from tests.processes import fastchat_api, fastchat_controller, worker
-from tests.support import generate
+from tests.support import generate, openai_client
 
 TEXTS = ["import itertools", "def spam(eggs): return eggs + 1", "the quick brown fox"]
 SHAPE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -104,8 +103,8 @@ def test_an_encoder_in_low_bits_answers_every_client(tmp_path: Path) -> None:
             own = httpx.post(f"{running.url}/worker_get_embeddings", json=body, trust_env=False).json()
             assert closeness(own["embedding"], wanted) > 0.999
             for url in (api.url, running.url):
-                client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-                answer = client.embeddings.create(model="bert", input=TEXTS)
+                with openai_client(url) as client:
+                    answer = client.embeddings.create(model="bert", input=TEXTS)
                 assert closeness([item.embedding for item in answer.data], wanted) > 0.999
                 assert answer.usage.prompt_tokens == own["token_num"]
             score = {"model": "bert", "text_1": TEXTS[0], "text_2": TEXTS[1:]}
@@ -126,7 +125,6 @@ def test_an_encoder_in_low_bits_answers_every_client(tmp_path: Path) -> None:
 def test_a_decoder_gives_embeddings_as_transformers_does(tmp_path: Path) -> None:
     model = make_qwen3(tmp_path / "qwen3")
     arguments = ("--model-path", str(model), "--runner", "pooling", "--no-register", "--low-bit", "fp32")
-    with worker(tmp_path / "worker", *arguments) as running:
-        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+    with worker(tmp_path / "worker", *arguments) as running, openai_client(running.url) as client:
         answer = client.embeddings.create(model="qwen3", input=TEXTS)
         assert closeness([item.embedding for item in answer.data], reference(model, "last")) > 0.9999

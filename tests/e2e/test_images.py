@@ -24,7 +24,7 @@ from transformers import (
 
 from benchmarks.make_model import train_tokenizer, training_text
 from tests.processes import fastchat_controller, listed_models, worker
-from tests.support import generate
+from tests.support import generate, openai_client
 
 MARK = "$$<image>$$"  # FastChat's
 SIZE, PATCH = 28, 14
@@ -97,11 +97,10 @@ def test_a_picture_changes_the_answer_by_both_protocols(tmp_path: Path) -> None:
     model = make_llava(tmp_path / "llava")
     with fastchat_controller(tmp_path / "controller") as controller:
         arguments = ("--model-path", str(model), "--low-bit", "sym_int8", "--controller-address", controller.url)
-        with worker(tmp_path / "worker", *arguments) as running:
+        with worker(tmp_path / "worker", *arguments) as running, openai_client(running.url) as client:
             assert listed_models(controller.url) == ["llava"]
             listed = httpx.post(f"{controller.url}/list_multimodal_models", trust_env=False).json()
             assert listed == {"models": ["llava"]}
-            client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
 
             def by_openai(*colors: str) -> str:
                 parts: list[Any] = [

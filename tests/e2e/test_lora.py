@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.make_model import SHAPES, make_model
 from tests.processes import eventually, fastchat_api, fastchat_controller, listed_models, worker
-from tests.support import generate
+from tests.support import generate, openai_client
 
 RANK, ALPHA = 4, 8
 TARGETS = ("q_proj", "v_proj", "down_proj")
@@ -75,11 +75,10 @@ def test_adapters_on_low_bit_weights_are_models_of_their_own(tmp_path: Path) -> 
         with (
             worker(tmp_path / "worker", *arguments, *address, VLLM_ALLOW_RUNTIME_LORA_UPDATING="1") as running,
             fastchat_api(tmp_path / "api", controller.url) as api,
+            openai_client(running.url) as own,
+            openai_client(api.url) as beside,
         ):
             assert sorted(listed_models(controller.url)) == ["first", "tiny"]
-            own, beside = (
-                openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) for url in (running.url, api.url)
-            )
             assert [item.id for item in own.models.list().data] == ["tiny", "first"]
             with_adapter, without = logprobs(own, "first"), logprobs(own, "tiny")
 
@@ -105,10 +104,8 @@ def test_adapters_on_low_bit_weights_are_models_of_their_own(tmp_path: Path) -> 
             assert generate(running.url, model="second", prompt="def")["error_code"] == 40301
             with pytest.raises(openai.NotFoundError):
                 own.completions.create(model="second", **PROMPT)
-    with worker(
-        tmp_path / "merged-worker", "--model-path", str(merged), "--no-register", "--low-bit", "fp32"
-    ) as running:
-        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+    arguments = ("--model-path", str(merged), "--no-register", "--low-bit", "fp32")
+    with worker(tmp_path / "merged-worker", *arguments) as running, openai_client(running.url) as client:
         wanted = logprobs(client, "merged")
     near, far = ((each - wanted).abs().mean() for each in (with_adapter, without))
     assert near < 0.1 * far, (near, far)

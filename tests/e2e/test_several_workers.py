@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.make_model import make_model
 from tests.processes import Server, eventually, fastchat_api, fastchat_controller, listed_models, worker
-from tests.support import raw_post
+from tests.support import openai_client, raw_post
 
 HEARTBEAT = {"FASTCHAT_WORKER_HEART_BEAT_INTERVAL": "1", "FASTCHAT_CONTROLLER_HEART_BEAT_EXPIRATION": "5"}  # seconds
 LONG = {"prompt": "def", "max_new_tokens": 2000, "ignore_eos": True}
@@ -39,7 +39,7 @@ class Cluster:
 
     def complete(self, model: str) -> str:
         """One completion through FastChat's API server. Raises openai.APIError."""
-        with openai.OpenAI(base_url=f"{self.api_url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        with openai_client(self.api_url) as client:
             return client.completions.create(model=model, prompt="def", max_tokens=200).choices[0].text
 
 

@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from tests.processes import Service
+from tests.support import openai_client
 
 PARAMETERS = {
     "type": "object",
@@ -26,7 +27,7 @@ TOOL = {"type": "function", "function": {"name": "weather", "strict": True, "par
     '-d \'{"model": "smollm2", "messages": [{"role": "user", "content": "What is gravity?"}]}\'',
 )
 def test_the_readmes_curl_gets_an_answer_in_plain_english_and_a_forced_call_is_made(tmp_path: Path) -> None:
-    with Service(tmp_path / "up", "--model-path", "smollm2") as service:
+    with Service(tmp_path / "up", "--model-path", "smollm2") as service, openai_client(service.worker_url) as client:
         printed = re.search(r"curl (\S+) -H '([^']+)' .*?-d '(.+?)'\n", service.output, re.DOTALL)
         assert printed is not None
         command = ["curl", "--silent", printed[1], "-H", printed[2], "-d", printed[3]]
@@ -34,7 +35,6 @@ def test_the_readmes_curl_gets_an_answer_in_plain_english_and_a_forced_call_is_m
         content = json.loads(answer.stdout)["choices"][0]["message"]["content"]
         assert "force" in content.lower(), content
         assert "210 q4_1 as asym_int4, 61 f32 as they are, 1 q8_0 as sym_int8" in service.output
-        client = openai.OpenAI(base_url=f"{service.worker_url}/v1", api_key="none", max_retries=0)
         asked: Any = {
             "model": "smollm2",
             "messages": [{"role": "user", "content": "Is it warm in Rome?"}],

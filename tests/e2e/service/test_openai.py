@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from pydantic import BaseModel, Field, SecretStr
 
 from tests.json_schemas import is_trivial, random_schema
 from tests.processes import Service, eventually
-from tests.support import raw_post
+from tests.support import openai_client, raw_post
 
 QUESTION: list[Any] = [{"role": "user", "content": "What does itertools.chain do?"}]
 PARAMETERS = {
@@ -36,13 +37,15 @@ CALL = r'<tool_call>\n\{"name": "forecast", "arguments": \{"city": "(Paris|Rome)
 
 
 @pytest.fixture
-def client(service: Service) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{service.worker_url}/v1", api_key="none", max_retries=0)
+def client(service: Service) -> Iterator[openai.OpenAI]:
+    with openai_client(service.worker_url) as client:
+        yield client
 
 
 @pytest.fixture
-def claude(service: Service) -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=service.worker_url, api_key="none", max_retries=0)
+def claude(service: Service) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=service.worker_url, api_key="none", max_retries=0) as client:
+        yield client
 
 
 def metric(service: Service, name: str) -> float:
@@ -71,8 +74,8 @@ def test_chat_says_the_same_streamed_with_usage_and_by_fastchats_server(
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert text == whole.choices[0].message.content
     assert last.usage == whole.usage
-    beside = openai.OpenAI(base_url=f"{service.api_url}/v1", api_key="none", max_retries=0)
-    by_fastchat = beside.chat.completions.create(model="demo", messages=QUESTION, temperature=0)
+    with openai_client(service.api_url) as beside:
+        by_fastchat = beside.chat.completions.create(model="demo", messages=QUESTION, temperature=0)
     assert by_fastchat.choices[0].message.content == text
 
 

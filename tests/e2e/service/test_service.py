@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -13,7 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.processes import ROOT, Service, eventually
-from tests.support import generate, raw_post, stream
+from tests.support import generate, openai_client, raw_post, stream
 
 QUESTION = "What does itertools.chain do?"
 # What Prometheus appends to a family's name, by the family's type.
@@ -21,8 +22,9 @@ SUFFIXES = {"gauge": [""], "counter": ["_total"], "histogram": ["_bucket", "_sum
 
 
 @pytest.fixture
-def client(service: Service) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{service.api_url}/v1", api_key="none", max_retries=0)
+def client(service: Service) -> Iterator[openai.OpenAI]:
+    with openai_client(service.api_url) as client:
+        yield client
 
 
 def chat_prompt(service: Service, question: str) -> str:
