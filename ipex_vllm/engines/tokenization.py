@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import ctypes
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from ipex_vllm.engines.bounds import check_logprobs
 from ipex_vllm.engines.generation import ContextOverflow, Generation
 from ipex_vllm.engines.token_bound import longest_token
+from ipex_vllm.machine.memory import give_memory_back
 
 LARGE = 1 << 16  # characters; a tokenizer takes some 50 ms for so many
 PIECE = 1 << 16  # characters that are counted at a time
@@ -104,12 +104,3 @@ class _Lane:
         spells_bos = bool(bos) and prompt.startswith(bos)
         token_ids: list[int] = self._tokenizer(prompt, add_special_tokens=not spells_bos, verbose=False)["input_ids"]
         return token_ids
-
-
-def give_memory_back() -> None:
-    """Ask the allocator, the C library's or tcmalloc, to return what it keeps to the system."""
-    libraries = ctypes.CDLL(None)
-    for name, arguments in (("MallocExtension_ReleaseFreeMemory", ()), ("malloc_trim", (0,))):
-        release = getattr(libraries, name, None)
-        if release is not None:
-            release(*arguments)

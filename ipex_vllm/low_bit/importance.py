@@ -7,6 +7,7 @@ with one layer in memory at a time, and the result, a few MB, is kept beside the
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import tempfile
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from ipex_vllm.machine.checkpoint import weight_files
 from ipex_vllm.machine.facts import user_cache
+from ipex_vllm.machine.memory import give_memory_back
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,8 @@ def of_checkpoint(model_path: str) -> Path | None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 save_file(_measure_checkpoint(model_path, folder), Path(folder) / "importance")
+                gc.collect()  # Transformers' hooks and modules refer to each other
+                give_memory_back()
                 (Path(folder) / "importance").replace(path)
         return path
     except Exception as error:  # whatever Transformers raises: weights are rounded without it

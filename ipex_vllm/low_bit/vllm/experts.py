@@ -15,10 +15,10 @@ from vllm.platforms import current_platform
 
 from ipex_vllm.low_bit.experts import Expert, LowBitExperts
 from ipex_vllm.low_bit.kernels import experts as kernel
-from ipex_vllm.low_bit.memory import forget_pages
 from ipex_vllm.low_bit.recipe import ExpertStorage, Recipe
 from ipex_vllm.low_bit.vllm.linear import Kept
 from ipex_vllm.low_bit.vllm.progress import Progress
+from ipex_vllm.machine.memory import forget_pages
 
 ACTIVATIONS = {
     MoEActivation.SILU: "silu",

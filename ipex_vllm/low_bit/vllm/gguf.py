@@ -26,7 +26,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.parameter import BasevLLMParameter
 
 from ipex_vllm.low_bit.linear import make_linear
-from ipex_vllm.low_bit.memory import forget_pages
 from ipex_vllm.low_bit.quantize import QuantizedWeight
 from ipex_vllm.low_bit.readers import ggml, gguf
 from ipex_vllm.low_bit.recipe import ROUTER
@@ -34,6 +33,7 @@ from ipex_vllm.low_bit.rows import Rows
 from ipex_vllm.low_bit.vllm.config import OwnConfig
 from ipex_vllm.low_bit.vllm.progress import Progress
 from ipex_vllm.machine.gguf import read_header
+from ipex_vllm.machine.memory import forget_pages
 
 
 class GgufConfig(OwnConfig):

@@ -22,10 +22,10 @@ from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScalePa
 from ipex_vllm.low_bit.kernels.base import LowBitLinear
 from ipex_vllm.low_bit.layout import from_tensors, meta_tensors
 from ipex_vllm.low_bit.linear import make_linear
-from ipex_vllm.low_bit.memory import forget_pages
 from ipex_vllm.low_bit.quantize import QuantizedWeight, quantize
 from ipex_vllm.low_bit.recipe import Recipe, Storage
 from ipex_vllm.low_bit.vllm.progress import Progress
+from ipex_vllm.machine.memory import forget_pages
 
 
 class EmbeddingMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]

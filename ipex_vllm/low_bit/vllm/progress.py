@@ -12,8 +12,8 @@ from vllm.logger import init_logger
 from ipex_vllm.low_bit.experts import LowBitExperts
 from ipex_vllm.low_bit.kernels.base import LowBitLinear
 from ipex_vllm.low_bit.linear import summarize
-from ipex_vllm.low_bit.memory import trim_heap
 from ipex_vllm.low_bit.recipe import summarize_kept
+from ipex_vllm.machine.memory import give_memory_back
 
 # vLLM configures the loggers below its own name only.
 logger = init_logger(f"vllm.{__name__}")
@@ -62,7 +62,7 @@ class Progress:
             self.report_kernels(self.finished)
             self.finished.clear()
             self.report_kept_layers()
-            trim_heap()
+            give_memory_back()
 
     def report_kernels(self, layers: Sequence[LowBitLinear | LowBitExperts]) -> None:
         for line in summarize(layers):

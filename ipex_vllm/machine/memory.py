@@ -1,4 +1,4 @@
-"""Memory that loading leaves behind, given back to the system. Linux with glibc, as vLLM's CPU builds need it."""
+"""Memory that is no longer used, given back to the system. Linux with glibc, as vLLM's CPU builds need it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import ctypes
 import functools
 import mmap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def forget_pages(tensor: torch.Tensor) -> None:
@@ -26,9 +28,16 @@ def forget_pages(tensor: torch.Tensor) -> None:
                 _libc().madvise(first_page, end_page - first_page, mmap.MADV_DONTNEED)
 
 
-def trim_heap() -> None:
-    """Give back the heap's free pages, which glibc keeps: 0.3 GiB after quantizing 1.1 B parameters."""
+def give_memory_back() -> None:
+    """Ask the allocator, the C library's or tcmalloc, to return what it keeps to the system.
+
+    That is 0.3 GiB of the C library's heap after quantizing 1.1 B parameters, and as much as the largest layer of
+    experts had in 16 bits with tcmalloc.
+    """
     _libc().malloc_trim(0)
+    release = getattr(_libc(), "MallocExtension_ReleaseFreeMemory", None)
+    if release is not None:
+        release()
 
 
 @functools.cache
