@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 
 from ipex_vllm.low_bit import importance
 
@@ -42,6 +42,33 @@ def test_the_importance_is_the_mean_square_of_each_input() -> None:
 
 def test_a_checkpoint_read_layer_by_layer_gives_what_the_loaded_model_does(checkpoint: Path) -> None:
     found, expected = importance.read(importance.of_checkpoint(str(checkpoint))), importance.measure(llama())
+    assert set(found) == set(expected)
+    for name, values in expected.items():
+        assert torch.allclose(found[name], values, rtol=1e-4), name
+
+
+def test_experts_that_have_a_tensor_each_are_read_without_a_copy_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        vocab_size=96,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    # What Transformers would write there first.
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("read by Transformers"))
+    found, expected = importance.read(importance.of_checkpoint(str(tmp_path / "model"))), importance.measure(model)
     assert set(found) == set(expected)
     for name, values in expected.items():
         assert torch.allclose(found[name], values, rtol=1e-4), name

@@ -14,10 +14,12 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
@@ -29,6 +31,8 @@ from ipex_vllm.machine.memory import give_memory_back
 logger = logging.getLogger(__name__)
 
 NUM_TOKENS = 128
+# What Transformers stacks an expert's matrices in, and which.
+STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 METHOD = 1  # a new number makes what older versions have kept be measured again
 
 
@@ -123,10 +127,13 @@ def _from_layers(name: str) -> str:
 def _measure_checkpoint(model_path: str, folder: str) -> dict[str, torch.Tensor]:
     from transformers import AutoModelForCausalLM
 
-    # "disk": Transformers reads each module's weights from the checkpoint's own files when it is called.
-    model = AutoModelForCausalLM.from_pretrained(
-        model_path, dtype=torch.float32, device_map={"": "disk"}, offload_folder=folder
-    ).eval()
+    model = _with_stacked_experts(model_path)
+    if model is None:
+        # "disk": Transformers reads each module's weights from the checkpoint's own files when it is called.
+        model = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=torch.float32, device_map={"": "disk"}, offload_folder=folder
+        )
+    model.eval()
     layers = getattr(model.get_decoder(), "layers", [])
     with tqdm(total=len(layers), desc="Measuring which inputs matter", unit="layer") as bar:
         hooks = [layer.register_forward_hook(lambda *_: bar.update() and None) for layer in layers]
@@ -134,6 +141,57 @@ def _measure_checkpoint(model_path: str, folder: str) -> dict[str, torch.Tensor]
         for hook in hooks:
             hook.remove()
     return result
+
+
+class StackingWeights(Mapping[str, torch.Tensor]):
+    """A checkpoint's tensors by the names of Transformers' parameters, each read from its file when it is asked for.
+
+    Transformers keeps the experts of a layer in one tensor, which most checkpoints do not: it is stacked here.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        files = {file: safe_open(file, "pt") for file in weight_files(folder) if file.suffix == ".safetensors"}
+        self._files = {name: file for file in files.values() for name in file.keys()}  # noqa: SIM118
+
+    def parts(self, name: str) -> list[list[str]]:
+        """The names in the checkpoint of what `name` is stacked of: for each of its parts, those of all experts."""
+        experts, _, stacked = name.rpartition(".")
+        named = ((f"{experts}.{number}.{part}.weight" for number in count()) for part in STACKED.get(stacked, ()))
+        return [list(takewhile(self._files.__contains__, names)) for names in named]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files or any(self.parts(str(name)))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name in self._files:
+            tensor: torch.Tensor = self._files[name].get_tensor(name)
+            return tensor
+        parts = [torch.stack([self[each] for each in of_part]) for of_part in self.parts(name)]
+        return torch.cat(parts, dim=1)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def _with_stacked_experts(model_path: str) -> Any:
+    """The model on a checkpoint that has a tensor for each expert; None where that is not what is special about it.
+
+    Transformers would first write all of such a model, in float32, to the disk.
+    """
+    from accelerate import cpu_offload, init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    weights = StackingWeights(_folder_of(model_path))
+    if not any(".experts.0." in name for name in weights):
+        return None
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path), dtype=torch.float32)
+    if not all(name in weights for name, _ in model.named_parameters(remove_duplicate=False)):
+        return None
+    return cpu_offload(model, torch.device("cpu"), state_dict=weights)
 
 
 @contextmanager
@@ -154,12 +212,18 @@ def inputs_given_to(modules: Mapping[str, nn.Module], add: Callable[[str, torch.
 def _cache_file(model_path: str) -> Path:
     """Where the importance of these very files is kept."""
     key = hashlib.sha256(f"{METHOD} {NUM_TOKENS} {version('transformers')}".encode())
-    folder = Path(model_path)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(model_path, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"]))
+    folder = _folder_of(model_path)
     for file in (*weight_files(folder), folder / "config.json"):
         facts = file.stat()
         key.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
     return user_cache() / "importance" / f"{folder.resolve().name[:64]}-{key.hexdigest()[:16]}.safetensors"
+
+
+def _folder_of(model_path: str) -> Path:
+    """The directory of the checkpoint at `model_path`, a directory or Hugging Face name, which is downloaded."""
+    folder = Path(model_path)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model_path, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"]))
