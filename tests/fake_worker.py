@@ -14,6 +14,7 @@ from typing import Any
 
 from ipex_vllm import worker
 from ipex_vllm.engines.generation import Delta, Generation
+from tests.fake_application import Application
 from tests.support import FakeEngine
 
 
@@ -24,6 +25,9 @@ class SlowEngine(FakeEngine):
         texts = ["word "] * int(os.environ.get("FAKE_TEXTS", 2))
         engine_class = SuspendedEngine if "FAKE_SUSPENDED" in os.environ else cls
         return engine_class(texts, float(os.environ.get("FAKE_INTERVAL_S", 0)), context_length=100_000)
+
+    async def openai_application(self) -> Application:
+        return Application()
 
 
 class SuspendedEngine(SlowEngine):

@@ -158,7 +158,7 @@ class Core:
         self.tally = Tally()
         self.is_registered: Callable[[], bool] = lambda: True  # the worker knows, where there is a controller
         self._log_prompts = log_prompts
-        self._streams: set[asyncio.Queue[Delta | Exception | None]] = set()  # of requests that are not read to the end
+        self._unread: set[Callable[[RequestError], None]] = set()  # what ends those that are not read to the end
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -213,18 +213,17 @@ class Core:
         num_unfinished = generation.n
         generation = stop_at_special_tokens(generation, self.engine.tokenizer)
         made: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
-        self._streams.add(made)
-        generating = asyncio.create_task(self._generate(generation, record, made))
-        try:
-            while (item := await made.get()) is not None:
-                if isinstance(item, Exception):
-                    raise item
-                num_unfinished -= item.finish_reason is not None
-                yield item
-        finally:
-            self._streams.discard(made)
-            generating.cancel()
-            await asyncio.wait((generating,), timeout=CUT_OFF_TIMEOUT_S)
+        with self.unread(made.put_nowait):
+            generating = asyncio.create_task(self._generate(generation, record, made))
+            try:
+                while (item := await made.get()) is not None:
+                    if isinstance(item, Exception):
+                        raise item
+                    num_unfinished -= item.finish_reason is not None
+                    yield item
+            finally:
+                generating.cancel()
+                await asyncio.wait((generating,), timeout=CUT_OFF_TIMEOUT_S)
         if num_unfinished:
             raise InternalError("The engine ended in the middle of the text. Send the request again later.")
 
@@ -248,15 +247,24 @@ class Core:
         with self.slots.place() as place:
             yield CoreTurn(record, place, self._log_prompts)
 
+    @contextmanager
+    def unread(self, end: Callable[[RequestError], None]) -> Iterator[None]:
+        """While a client is not done reading: the drain waits for it, and calls `end` when its time is over."""
+        self._unread.add(end)
+        try:
+            yield
+        finally:
+            self._unread.discard(end)
+
     async def drain(self, timeout_s: float, hurry: asyncio.Event | None = None) -> None:
         """Wait until no request runs, waits or is unread, at most `timeout_s` seconds or until `hurry`; then end them.
 
         The slots must be closed: what comes now is refused.
         """
-        streams = set(self._streams)
+        unread = set(self._unread)
 
         def num_left() -> int:
-            return max(self.slots.queue_length, len(streams & self._streams))
+            return max(self.slots.queue_length, len(unread & self._unread))
 
         async def until_idle(timeout_s: float, hurry: asyncio.Event) -> None:
             with suppress(TimeoutError):
@@ -269,8 +277,8 @@ class Core:
         await until_idle(timeout_s, hurry or asyncio.Event())
         if num_left():
             logger.warning("%d requests were cut off after %.3g s", num_left(), time.monotonic() - started_at)
-            for made in streams & self._streams:  # told at once: an engine that hangs does not let go of them
-                made.put_nowait(Overloaded(SHUT_DOWN))
+            for end in unread & self._unread:  # told at once: an engine that hangs does not let go of them
+                end(Overloaded(SHUT_DOWN))
             self.slots.cut_off()
             await until_idle(CUT_OFF_TIMEOUT_S, asyncio.Event())
 

@@ -71,6 +71,43 @@ class Answer:
             await asyncio.sleep(max(SIGN_OF_LIFE_S - silent_s, SIGN_OF_LIFE_S / 10))
 
 
+class Outbox:
+    """What is made of an answer and not sent yet, so that who makes it does not wait for a client that reads slowly.
+
+    Attributes:
+        has_sent_all: the answer's end is sent as well.
+    """
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._made: asyncio.Queue[Message | None] = asyncio.Queue()
+        self._sending = asyncio.create_task(self._send_on())
+        self.has_sent_all = False
+
+    async def send(self, message: Message) -> None:
+        self._made.put_nowait(message)
+
+    def end_with(self, event: bytes) -> None:
+        """End a stream of events with this one, in the place of those that wait."""
+        while not self._made.empty():
+            self._made.get_nowait()
+        self._made.put_nowait({"type": "http.response.body", "body": event, "more_body": False})
+        self._made.put_nowait(None)
+
+    async def emptied(self) -> None:
+        """Wait until all is sent, or the client is gone. Nothing more is sent then."""
+        self._made.put_nowait(None)
+        await self._sending
+
+    def close(self) -> None:
+        self._sending.cancel()
+
+    async def _send_on(self) -> None:
+        while (message := await self._made.get()) is not None:
+            await self._send(message)
+            self.has_sent_all = message["type"] == "http.response.body" and not message.get("more_body", False)
+
+
 def error_response(
     status: int, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:

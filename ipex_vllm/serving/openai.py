@@ -2,7 +2,8 @@
 
 The way of a request: `OpenAIServer` holds a place for it, the application checks it and asks the engine, which takes
 the slot (engines/turns.py). So an overload is told before a stream begins, what is wrong is told without waiting, and
-a stream that queues has begun and shows signs of life.
+a stream that queues has begun and shows signs of life. What the application makes goes into an outbox, and the place
+is given back when all of it is made: a client that reads slowly, or never, holds none.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -18,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ipex_vllm.engines.generation import InternalError, InvalidParameter, RequestError
 from ipex_vllm.engines.turns import current_turn
 from ipex_vllm.serving.core import CUT_OFF_TIMEOUT_S, DISCONNECT, Core, InvalidModel, Record, bug_error
-from ipex_vllm.serving.events import Answer
+from ipex_vllm.serving.events import Answer, Outbox
 from ipex_vllm.serving.refusals import last_event, refusal
 from ipex_vllm.serving.slots import Overloaded
 
@@ -51,8 +53,15 @@ class OpenAIServer:
             return
         id = request_id(Headers(scope=scope))
         scope = with_header(scope, b"x-request-id", id.encode())
-        exchange = Exchange(self._app, scope, receive, Answer(send, {"x-request-id": id}))
-        answer = exchange.answer
+        outbox = Outbox(send)
+        try:
+            await self._answer(id, Exchange(self._app, scope, receive, outbox, {"x-request-id": id}))
+            await outbox.emptied()
+        finally:
+            outbox.close()
+
+    async def _answer(self, id: str, exchange: Exchange) -> None:
+        scope, answer = exchange.scope, exchange.answer
         try:
             check_length(scope)
             if scope["method"] == "POST" and scope["path"] not in WITHOUT_TURN:
@@ -61,23 +70,25 @@ class OpenAIServer:
                 await exchange.run()
         except RequestError as error:
             if not answer.has_begun:
-                await refusal(scope["path"], error)(scope, receive, answer.send_always)
+                await refusal(scope["path"], error)(scope, exchange.receive, answer.send_always)
             elif answer.is_event_stream and not answer.has_ended:
                 await answer.end_with(last_event(scope["path"], error))
         except Exception:
             logger.exception("%s failed on a bug", scope["path"])
             if not answer.has_begun:
-                await refusal(scope["path"], bug_error())(scope, receive, answer.send_always)
+                await refusal(scope["path"], bug_error())(scope, exchange.receive, answer.send_always)
 
     async def _in_turn(self, id: str, exchange: Exchange) -> None:
         """Raises RequestError for what failed, told or not."""
-        with self._core.recorded(id) as record, self._core.turn(record) as turn:
-            token = current_turn.set(turn)
-            try:
-                await exchange.run()
-            finally:
-                current_turn.reset(token)
-            settle(record, exchange, turn.failure)
+        with self._core.recorded(id) as record, self._core.unread(exchange.cut_off):
+            with self._core.turn(record) as turn:
+                token = current_turn.set(turn)
+                try:
+                    await exchange.run()
+                finally:
+                    current_turn.reset(token)
+            await exchange.be_read()
+            settle(record, exchange, exchange.failure or turn.failure)
 
 
 def settle(record: Record, exchange: Exchange, failure: RequestError | None) -> None:
@@ -98,20 +109,22 @@ ERRORS: dict[int, type[RequestError]] = {404: InvalidModel, 429: Overloaded}
 class Exchange:
     """One request to an application, and what has come of it."""
 
-    def __init__(self, app: ASGIApp, scope: Scope, receive: Receive, answer: Answer) -> None:
+    def __init__(
+        self, app: ASGIApp, scope: Scope, receive: Receive, outbox: Outbox, headers: Mapping[str, str]
+    ) -> None:
         self._app = app
-        self._scope = scope
-        self._receive = receive
+        self._outbox = outbox
         self._has_left = asyncio.Event()
-        self.answer = answer
+        self.scope = scope
+        self.receive = receive
+        self.answer = Answer(outbox.send, headers)
         self.is_client_gone = False
+        self.failure: RequestError | None = None
         self._num_bytes = 0
 
     async def run(self) -> None:
         """Let the application answer. Cancelled, it tells the application that the client is gone, for it to let go."""
-        task: asyncio.Task[Any] = asyncio.ensure_future(
-            self._app(self._scope, self._receive_or_leave, self.answer.send)
-        )
+        task: asyncio.Task[Any] = asyncio.ensure_future(self._app(self.scope, self._receive_or_leave, self.answer.send))
         try:
             async with self.answer.alive():
                 await asyncio.shield(task)
@@ -124,16 +137,35 @@ class Exchange:
                 task.exception()  # of which nobody is to be told any more
             raise
 
+    async def be_read(self) -> None:
+        """Wait until the client has taken the whole answer, or is gone."""
+        watching = asyncio.create_task(self._watch())
+        try:
+            await self._outbox.emptied()
+        finally:
+            watching.cancel()
+
+    def cut_off(self, error: RequestError) -> None:
+        """End what is not read yet."""
+        self.failure = error
+        if self.answer.is_event_stream:
+            self._outbox.end_with(last_event(self.scope["path"], error))
+
+    async def _watch(self) -> None:
+        while (await self.receive())["type"] != "http.disconnect":
+            pass
+        self.is_client_gone = not self._outbox.has_sent_all
+
     async def _receive_or_leave(self) -> Message:
         leaving = asyncio.ensure_future(self._has_left.wait())
-        receiving = asyncio.ensure_future(self._receive())
+        receiving = asyncio.ensure_future(self.receive())
         try:
             await asyncio.wait((leaving, receiving), return_when=asyncio.FIRST_COMPLETED)
             message = receiving.result() if receiving.done() else {"type": "http.disconnect"}
         finally:
             leaving.cancel()
             receiving.cancel()
-        if message["type"] == "http.disconnect" and not self.answer.has_ended:
+        if message["type"] == "http.disconnect" and not self._outbox.has_sent_all:
             self.is_client_gone = True
         self._num_bytes += len(message.get("body", b""))
         if self._num_bytes > MAX_BODY_BYTES:

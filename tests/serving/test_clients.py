@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from tests import fake_application
 from tests.processes import Server, eventually, fake_worker
 from tests.support import generate, raw_post, split_frames
 
@@ -21,6 +22,7 @@ NUM_SLOTS = 4
 NUM_TEXTS = 100
 # Frames of 4 MB, more than the kernel keeps for a client that reads nothing.
 LARGE = {"prompt": "p" * 60_000, "echo": True, "n": 64, "max_new_tokens": NUM_TEXTS}
+LARGE_STREAM = {"tokens": NUM_TEXTS, "word": "w" * 200_000, "interval_s": 0.01, "stream": True}  # over /v1
 CHAT = b'{"prompt": "p", "echo": false, "max_new_tokens": 1}'
 
 
@@ -67,9 +69,10 @@ def head(*lines: str, path: str = "/worker_generate") -> bytes:
     return "\r\n".join([f"POST {path} HTTP/1.1", "Host: x", *lines, "", ""]).encode()
 
 
-def test_clients_that_read_nothing_keep_no_slot_and_are_given_up(worker: Server) -> None:
+@pytest.mark.parametrize(("path", "body"), [("/worker_generate_stream", LARGE), (fake_application.CHAT, LARGE_STREAM)])
+def test_clients_that_read_nothing_keep_no_slot_and_are_given_up(worker: Server, path: str, body: object) -> None:
     stalled = metric(worker, "stalled_clients_total")
-    slow = [raw_post(worker.url, "/worker_generate_stream", LARGE) for _ in range(NUM_SLOTS)]
+    slow = [raw_post(worker.url, path, body) for _ in range(NUM_SLOTS)]
     eventually(lambda: metric(worker, "slots_in_use") == 4, "all running")
     assert generate(worker.url, prompt="p", max_new_tokens=1)["error_code"] == 0, "it waited for what is generated"
     eventually(lambda: metric(worker, "slots_in_use") == 0, "all is generated")

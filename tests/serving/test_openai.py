@@ -5,73 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
-from fastapi import Body, FastAPI, Request
-from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.types import Receive, Scope, Send
 
-from ipex_vllm.engines.generation import InternalError
-from ipex_vllm.engines.turns import current_turn
 from ipex_vllm.serving import events, openai
-from ipex_vllm.serving.fastchat import FastChatServer, until_disconnect
+from ipex_vllm.serving.fastchat import FastChatServer
+from tests.fake_application import CHAT, MESSAGES, Application
 from tests.serving.test_fastchat import wait_until
 from tests.support import FakeEngine, generate, make_server, raw_post, serving
-
-BODY = Body()  # of FastAPI, which asks for it as a default
-CHAT = "/v1/chat/completions"
-MESSAGES = "/v1/messages"
-
-
-class Application:
-    """Answers in the way of vLLM's: `tokens` words, one in `interval_s` seconds, streamed or not, after a check."""
-
-    def __init__(self) -> None:
-        self.app = FastAPI()
-        self.num_running = 0
-        for path in (CHAT, MESSAGES, "/v1/responses"):
-            self.app.add_api_route(path, self.answer, methods=["POST"], response_model=None)
-        self.app.add_api_route("/v1/models", self.models)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self.app(scope, receive, send)
-
-    async def models(self) -> JSONResponse:
-        return JSONResponse({"data": []})
-
-    async def answer(self, request: Request, body: Any = BODY) -> JSONResponse | StreamingResponse:
-        if body.get("wrong"):
-            return JSONResponse({"error": {"message": "wrong"}}, 400)
-        if body.get("bug"):
-            raise ZeroDivisionError("secret")
-        words = self.generate(**body)
-        if body.pop("stream", False):
-            return StreamingResponse((f"data: {word}\n\n" async for word in words), media_type="text/event-stream")
-        return JSONResponse(await until_disconnect(request, all_of(words)))
-
-    async def generate(
-        self, tokens: int = 2, interval_s: float = 0.0, parts: int = 1, fails: bool = False, stream: bool = False
-    ) -> AsyncIterator[str]:
-        turn = current_turn.get()
-        await asyncio.gather(*(turn.begin(lambda: "private") for _ in range(parts)))
-        self.num_running += 1
-        try:
-            for index in range(tokens):
-                await asyncio.sleep(interval_s)
-                turn.count(7 if index == 0 else 0, 1, "stop" if index == tokens - 1 else None, None)
-                yield "word"
-            if fails:
-                turn.fail(InternalError("the engine"))
-        finally:
-            self.num_running -= 1
-
-
-async def all_of(words: AsyncIterator[str]) -> list[str]:
-    return [word async for word in words]
 
 
 def make(**options: Any) -> tuple[FastChatServer, Application]:
@@ -132,6 +77,54 @@ def test_a_disconnect_frees_the_slot_at_once_running_or_waiting() -> None:
         assert application.num_running == 0
         assert server.core.tally.disconnects == 3
         assert ask(url).status_code == 200
+
+
+def test_a_client_that_reads_nothing_keeps_no_slot_and_has_all_of_it_when_it_reads() -> None:
+    server, _ = make(limit=1)
+    body = {"tokens": 100, "word": "w" * 200_000, "interval_s": 0.01, "stream": True}  # more than the kernel keeps
+    with serving(server) as url:
+        with raw_post(url, CHAT, body) as connection:
+            wait_until(lambda: server.core.slots.num_in_use == 1, "running")
+            wait_until(lambda: server.core.slots.queue_length == 0, "all is generated")
+            assert ask(url).status_code == 200
+            wait_until(lambda: server.core.tally.finished == {"stop": 1}, "the other one is not read")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+            content = b"".join(iter(lambda: connection.recv(1 << 20), b""))
+        assert content.count(b"data: w") == 100
+        assert content.endswith(b"0\r\n\r\n")
+        wait_until(lambda: server.core.tally.finished == {"stop": 2}, "both are")
+    assert server.core.tally.disconnects == 0
+
+
+async def test_a_drain_waits_for_who_reads_and_then_tells_them() -> None:
+    server, application = make()
+    read = asyncio.Event()
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        await read.wait()
+        sent.append(message)
+
+    parts = [{"type": "http.request", "body": b'{"stream": true}'}]
+
+    async def receive() -> Any:
+        return parts.pop() if parts else await asyncio.Future()
+
+    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": [(b"content-type", b"application/json")]}
+    scope |= {"query_string": b"", "state": {}}
+    answering = asyncio.create_task(server.app(scope, receive, send))
+    while not application.num_answered:
+        await asyncio.sleep(0.01)
+    assert server.core.slots.queue_length == 0
+    server.core.slots.is_closed = True
+    draining = asyncio.create_task(server.core.drain(0.3))
+    await asyncio.sleep(0.1)
+    assert not draining.done()
+    await draining
+    read.set()
+    await answering
+    assert b"shut down before the request was finished" in sent[-1]["body"]
+    assert server.core.tally.errors == {42903: 1}
 
 
 @pytest.mark.parametrize(
