@@ -2,8 +2,9 @@
 
 FastChat 0.2.36 streams with `model.json(ensure_ascii=False)`, which pydantic 2 refuses, and vLLM needs pydantic 2. So
 this gives pydantic's models that one keyword back, and then runs FastChat's own module as it is, behind a guard: a
-request is checked first (fastchat_requests.py), every failure is an error in OpenAI's form, and a stream that waits
-shows signs of life.
+request is checked first (fastchat_requests.py), what a dead worker failed is tried elsewhere (fastchat_retry.py), every
+failure is an error in OpenAI's form, and a stream that waits shows signs of life. What clients do to a connection is
+met as at a worker (serving/http_server.py), with the same --client-timeout, by IPEX_VLLM_CLIENT_TIMEOUT.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import os
 import runpy
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import aiohttp
-import httpx
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -29,8 +30,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ipex_vllm.engines.bounds import MAX_SHOWN
 from ipex_vllm.errors import run_main
 from ipex_vllm.fastchat_requests import BadRequest, check_for, read_body
-from ipex_vllm.options import Parser, host_name, http_address, port_number
+from ipex_vllm.fastchat_retry import LOST, Retry, WorkerFailed, innermost
+from ipex_vllm.options import (
+    Parser,
+    WorkerOptions,
+    add_options,
+    from_namespace,
+    host_name,
+    http_address,
+    layered_arguments,
+    port_number,
+    same_option,
+)
+from ipex_vllm.serving.core import Tally
 from ipex_vllm.serving.events import Answer, error_event, error_response
+from ipex_vllm.serving.http_server import ClientProtocol, is_ours
 
 logger = logging.getLogger("ipex_vllm.fastchat_api")  # __name__ is "__main__"
 
@@ -47,13 +61,16 @@ def main() -> None:
     BaseModel.json = json_as_in_pydantic_1  # type: ignore[method-assign]
     # It calls the controller and the workers: a proxy would only lose them.
     os.environ.update(NO_PROXY="*", no_proxy="*")
-    check_addresses(sys.argv[1:])
+    controller_url, own = read_options(sys.argv[1:])
     run_server = uvicorn.run
 
     def run_guarded(app: FastAPI, **options: Any) -> None:
-        app.user_middleware.append(Middleware(Guard))  # the innermost: refusals have CORS headers too
+        # The innermost: refusals have CORS headers too.
+        app.user_middleware += [Middleware(Guard), Middleware(Retry, controller_url=controller_url)]
         app.add_exception_handler(RequestValidationError, on_wrong_field)
-        run_server(app, **options)
+        logging.getLogger("uvicorn.error").addFilter(is_ours)
+        protocol: Any = partial(ClientProtocol, tally=Tally(), timeout_s=own.client_timeout)
+        run_server(app, **options, http=protocol, ws="none")
 
     uvicorn.run = run_guarded  # type: ignore[assignment]  # which FastChat's module calls last
     sys.argv[0] = MODULE
@@ -68,13 +85,23 @@ async def on_wrong_field(_: Request, error: Exception) -> JSONResponse:
     return error_response(400, f"{name}: {first['msg'][:MAX_SHOWN]}.", name)
 
 
-def check_addresses(arguments: Sequence[str]) -> None:
-    """Raise OptionError for addresses that FastChat's own parser takes and nothing could be reached under."""
+@dataclass(frozen=True, kw_only=True)
+class ApiOptions:
+    """What is not among FastChat's own flags, and so in the environment alone."""
+
+    client_timeout: float = same_option(WorkerOptions, "client_timeout")
+
+
+def read_options(arguments: Sequence[str]) -> tuple[str, ApiOptions]:
+    """The controller's URL, and our own options. Raises OptionError for addresses under which nothing could be."""
     parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--host", type=host_name)
     parser.add_argument("--port", type=port_number)
-    parser.add_argument("--controller-address", type=http_address)
-    parser.parse_known_args(arguments)
+    parser.add_argument("--controller-address", type=http_address, default="http://localhost:21001")  # FastChat's
+    controller_url: str = parser.parse_known_args(arguments)[0].controller_address
+    own = Parser(add_help=False, allow_abbrev=False)
+    add_options(own, ApiOptions)
+    return controller_url, from_namespace(ApiOptions, own.parse_args(layered_arguments(own, [], ignore_unknown=True)))
 
 
 class Guard:
@@ -146,16 +173,11 @@ def told(error: BaseException) -> JSONResponse:
     """What a client is told of a failure. FastChat has no kinds of errors but Python's."""
     if isinstance(error, ValueError) and str(error).startswith("No available worker"):
         return error_response(503, f"{error}. Try again later.")
-    if isinstance(error, (httpx.HTTPError, aiohttp.ClientError, OSError)):
+    if isinstance(error, WorkerFailed):
+        return error_response(503, "The model's worker failed on this request. Try again later.")
+    if isinstance(error, LOST):
         return error_response(503, "The model's worker or the controller does not answer. Try again later.")
     return error_response(500, "The server failed on this request; its log says how.")
-
-
-def innermost(error: BaseException) -> BaseException:
-    """The one error of a group of one: what runs in a task group fails with a group."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 if __name__ == "__main__":

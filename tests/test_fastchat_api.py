@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import select
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -20,7 +21,7 @@ from ipex_vllm.serving.core import Core
 from ipex_vllm.serving.fastchat import FastChatServer
 from ipex_vllm.serving.slots import Slots
 from tests.processes import Stack, fastchat_stack
-from tests.support import FakeEngine
+from tests.support import FakeEngine, raw_post
 
 ENGINE = FakeEngine(context_length=100_000)
 USER = {"role": "user", "content": "Hi"}
@@ -41,7 +42,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("stack")
     core = Core(ENGINE, ("fake-model",), Slots(100, 100))
     server = FastChatServer(core, ChatFormat(as_json(NOTATION), TakesTurns(None)))
-    with fastchat_stack(folder, server, FASTCHAT_WORKER_API_TIMEOUT="1") as running:
+    with fastchat_stack(folder, server, FASTCHAT_WORKER_API_TIMEOUT="1", IPEX_VLLM_CLIENT_TIMEOUT="2") as running:
         yield running
 
 
@@ -198,6 +199,18 @@ def test_a_stream_that_breaks_ends_with_an_error(stack: Stack, monkeypatch: pyte
     *_, error, done, rest = complete(stack, stream=True).text.split("\n\n")
     assert "does not answer" in json.loads(error.removeprefix("data: "))["error"]["message"]
     assert (done, rest) == ("data: [DONE]", "")
+
+
+def test_a_client_that_reads_nothing_is_given_up(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ENGINE, "texts", ["x" * (1 << 20)] * 12)  # more than the kernel keeps for it
+    body = {"model": "fake-model", "prompt": "p", "stream": True, "max_tokens": 12}
+    with raw_post(stack.openai_server, "/v1/completions", body) as connection:
+        errors = select.poll()
+        errors.register(connection, 0)
+        assert errors.poll(30_000), "its connection is still there"
+        with pytest.raises(ConnectionResetError):
+            list(iter(lambda: connection.recv(1 << 20), b""))
+    assert "Traceback" not in stack.api.output
 
 
 async def test_a_client_of_a_stream_sees_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
