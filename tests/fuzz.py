@@ -1,7 +1,7 @@
 """Requests of every kind that clients could send, and what every answer must be.
 
-By hand, against a service that runs: `python -m tests.fuzz --minutes 60 --worker URL --api URL`. It ends with a count
-of the outcomes, or with the first answer that was none.
+By hand, against a service that runs: `python -m tests.fuzz --minutes 60 --worker URL --api URL --pid PID`. It ends with
+a count of the outcomes, and of what each process holds, or with the first answer that was none.
 """
 
 from __future__ import annotations
@@ -16,10 +16,17 @@ import httpx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.watch import Watch
+
 WORKER_PATHS = ("/worker_generate", "/worker_generate_stream", "/worker_get_embeddings", "/count_token")
 WORKER_PATHS += ("/worker_get_status", "/worker_get_conv_template", "/model_details")
+OPENAI_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings")
+OPENAI_PATHS += ("/tokenize", "/detokenize", "/v1/messages/count_tokens")  # the worker's own
 API_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/api/v1/token_check")
+LAST_EVENTS = ("data: [DONE]", "event: message_stop", "event: error")
+LAST_EVENTS += ("event: response.completed", "event: response.incomplete", "event: response.failed")
 TIMEOUT_S = 60
+MAX_ERROR = 12_000  # characters: vLLM tells of ten wrong fields, in a thousand each
 
 texts = st.text(st.characters(), max_size=30)  # halves of surrogates among them
 numbers = st.one_of(
@@ -74,7 +81,7 @@ def bodies(draw: st.DrawFn, model: str) -> bytes:
 
 def check(path: str, response: httpx.Response) -> str:
     """The outcome, in a word. Raises AssertionError for an answer that is none in the protocol's form."""
-    if path.startswith(("/v1/", "/api/")):
+    if path not in WORKER_PATHS:
         return check_openai(response)
     assert response.status_code == 200
     if path == "/worker_generate_stream":
@@ -92,15 +99,15 @@ def check(path: str, response: httpx.Response) -> str:
 
 def check_openai(response: httpx.Response) -> str:
     if response.headers["content-type"].startswith("text/event-stream"):
-        events = response.text.split("\n\n")
-        assert events[-2:] == ["data: [DONE]", ""]
+        *_, last, rest = response.text.split("\n\n")
+        assert (rest, last.split("\n")[0]) in [("", end) for end in LAST_EVENTS], response.text[-500:]
         return "stream"
     answer = json.loads(response.content)
     assert response.status_code < 500, answer
     if response.status_code >= 400:
         error = answer.get("error", answer)  # FastChat's own have the object's fields on top
         assert error["message"]
-        assert len(error["message"]) < 2000
+        assert len(error["message"]) < MAX_ERROR
     return str(response.status_code)
 
 
@@ -120,21 +127,27 @@ def fuzz(client: httpx.Client, paths: tuple[str, ...], model: str, num_examples:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--worker", help="URL of a worker")
+    parser.add_argument("--worker", required=True, help="URL of a worker")
     parser.add_argument("--api", help="URL of FastChat's API server")
     parser.add_argument("--model", default="demo", help="a name that they serve")
     parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--pid", type=int, required=True, help="the process whose tree is watched")
     options = parser.parse_args()
-    targets = [(url, paths) for url, paths in ((options.worker, WORKER_PATHS), (options.api, API_PATHS)) if url]
-    clients = [(httpx.Client(base_url=url, timeout=TIMEOUT_S, trust_env=False), paths) for url, paths in targets]
+    targets = [(options.worker, WORKER_PATHS), (options.worker, OPENAI_PATHS), (options.api, API_PATHS)]
+    clients = [(httpx.Client(base_url=url, timeout=TIMEOUT_S, trust_env=False), paths) for url, paths in targets if url]
     outcomes: Counter[str] = Counter()
+    watch = Watch(options.pid)
     end = time.monotonic() + 60 * options.minutes
-    while time.monotonic() < end:
-        for client, paths in clients:
-            outcomes += fuzz(client, paths, options.model, 500)
-    for outcome, count in sorted(outcomes.items()):
-        print(f"{count:8} {outcome}")
-    print(f"{sum(outcomes.values()):8} bodies")
+    try:
+        while time.monotonic() < end:
+            for client, paths in clients:
+                outcomes += fuzz(client, paths, options.model, 200)
+                watch.look()
+    finally:
+        for outcome, count in sorted(outcomes.items()):
+            print(f"{count:8} {outcome}")
+        print(f"{sum(outcomes.values()):8} bodies")
+        print(*watch.report(), sep="\n")
 
 
 if __name__ == "__main__":

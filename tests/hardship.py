@@ -1,151 +1,259 @@
-"""A worker among hostile clients, and what it costs the others and itself. By hand, against a worker that runs:
+"""A service among hostile clients, and what that costs the others and itself. By hand, against one that runs:
 
-    python -m tests.hardship --worker http://127.0.0.1:21002 --pid PID --minutes 10 --calm-minutes 2
+    python -m tests.hardship --worker http://127.0.0.1:21002 --api http://127.0.0.1:8000 --pid PID --minutes 10
 
 Fair clients send small requests one after the other, first alone and then, for `--minutes`, beside `--hostile` others:
-slow readers, prompts of 15 MiB, clients that vanish, and the bodies of tests/fuzz.py. It prints the time to the first
-token that the fair ones saw in both, each process' slope of resident memory over the second half with the slope's
-standard error, its file descriptors, and what is left behind: slots, KV cache.
+readers that are slow or never read, prompts of 15 MiB, clients that leave, and requests that are wrong. Each goes by
+turns to the worker's FastChat endpoint, to its /v1, and to FastChat's API server. Printed are the time to the first
+token that the fair ones saw, what the worker counted beside what its clients saw, what is left behind (slots, KV
+cache), and whether memory and descriptors of each process grow (tests/watch.py).
+
+With few clients that pause it is a soak: `--fair 2 --hostile 5 --pause 2 --minutes 60 --plot soak.png`.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import itertools
 import json
 import random
 import re
+import socket
 import statistics
 import time
-from collections import defaultdict
-from collections.abc import Awaitable, Callable
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import httpx
-import psutil
 
 from tests.fuzz import WORKER_PATHS
+from tests.watch import Watch
 
-MIB = 1 << 20
-NUM_FAIR = 4
 SAMPLE_INTERVAL_S = 2.0
-BODIES = [{"prompt": None}, {"prompt": "p", "n": 65}, {"stop": ["s"] * 1000, "prompt": "p"}, [], {"prompt": "\ud800"}]
+LARGE_PROMPT = "large " * (15 * (1 << 20) // 6)
+WRONG = [{"prompt": None}, {"prompt": "p", "n": 65}, {"stop": ["s"] * 1000, "prompt": "p"}, [], {"prompt": "\ud800"}]
+REFUSED_STATUSES = {400: 40302, 404: 40301, 429: 42903}
 
 
-async def fair(client: httpx.AsyncClient, first_tokens_s: list[float], errors: list[str]) -> None:
-    started_at = time.monotonic()
-    body = {"prompt": "def chain(", "max_new_tokens": 16, "temperature": 0, "echo": False}
-    has_begun = False
-    async with client.stream("POST", "/worker_generate_stream", json=body) as response:
+@dataclass
+class Door:
+    """One of the ways to the model."""
+
+    name: str
+    url: str
+    path: str
+
+    def body(self, **changed: Any) -> dict[str, Any]:
+        body = {"model": "demo", "prompt": "def chain(", "max_tokens": 16, "temperature": 0, "stream": True, **changed}
+        if self.path.startswith("/worker"):
+            body = {**body, "max_new_tokens": body.pop("max_tokens"), "echo": False}
+        return body
+
+    async def events(self, response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+        """FastChat's frames, or a stream of events, or an answer that is neither, as objects."""
+        separator = b"\0" if self.path.startswith("/worker") else b"\n\n"
+        pending = b""
         async for part in response.aiter_bytes():
-            frame = json.loads(part.split(b"\0")[0] or b"{}")
-            if frame.get("error_code"):
-                errors.append(frame["text"])
-            elif frame.get("text") and not has_begun:
-                has_begun = True
-                first_tokens_s.append(time.monotonic() - started_at)
+            *whole, pending = (pending + part).split(separator)
+            for event in whole:
+                content = event.removeprefix(b"data: ")
+                if content.startswith(b"{"):
+                    yield json.loads(content)
+        if pending:
+            yield json.loads(pending)
 
 
-async def slow_reader(client: httpx.AsyncClient) -> None:
-    body = {"prompt": "def ", "max_new_tokens": 512, "ignore_eos": True, "logprobs": 5}
-    async with client.stream("POST", "/worker_generate_stream", json=body) as response:
-        async for _ in response.aiter_raw(1024):
-            await asyncio.sleep(1)
+@dataclass
+class Seen:
+    """What clients saw."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    first_tokens_s: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def read(self, event: dict[str, Any], status: int) -> str | None:
+        """The outcome that an event tells, if it is one."""
+        if error := event.get("error_code") or event.get("code"):
+            return f"error {error}"
+        if "error" in event:
+            return f"error {REFUSED_STATUSES.get(status, event['error']['message'])}"
+        choice = event.get("choices", [event])[-1]
+        return "finished" if choice.get("finish_reason") else None
 
 
-async def large_prompt(client: httpx.AsyncClient) -> None:
-    path = random.choice(("/worker_generate", "/count_token"))
-    await client.post(path, json={"prompt": "large " * (15 * MIB // 6)})
+class Clients:
+    """The clients of a service, by kinds; each call is one request."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.worker_url = options.worker
+        self.doors = [
+            Door("FastChat's protocol", options.worker, "/worker_generate_stream"),
+            Door("/v1 of the worker", options.worker, "/v1/completions"),
+        ]
+        if options.api:
+            self.doors.append(Door("FastChat's API server", options.api, "/v1/completions"))
+        limits = httpx.Limits(max_connections=None)
+        self.http = httpx.AsyncClient(timeout=600, trust_env=False, limits=limits)
+        self.client_timeout_s = options.client_timeout
+        self.seen = Seen()
+
+    async def fair(self, door: Door) -> None:
+        started_at = time.monotonic()
+        has_begun, outcome = False, "lost"
+        async with self.http.stream("POST", door.url + door.path, json=door.body()) as response:
+            async for event in door.events(response):
+                outcome = self.seen.read(event, response.status_code) or outcome
+                if not has_begun and is_token(event):
+                    has_begun = True
+                    self.seen.first_tokens_s[door.name].append(time.monotonic() - started_at)
+        self.seen.outcomes[outcome] += 1
+
+    async def leaving(self, door: Door) -> None:
+        body = door.body(max_tokens=512, ignore_eos=True)
+        async with self.http.stream("POST", door.url + door.path, json=body) as response:
+            first = await anext(door.events(response))
+            if outcome := self.seen.read(first, response.status_code):
+                self.seen.outcomes[outcome] += 1
+                return
+            await asyncio.sleep(2 * random.random())
+        self.seen.outcomes["left"] += 1
+
+    async def large(self, door: Door) -> None:
+        response = await self.http.post(door.url + door.path, json=door.body(prompt=LARGE_PROMPT))
+        content = response.content.split(b"\0")[0]
+        self.seen.outcomes[self.seen.read(json.loads(content), response.status_code) or "lost"] += 1
+
+    async def wrong(self, door: Door) -> None:
+        path = random.choice(WORKER_PATHS)
+        content = json.dumps(random.choice(WRONG)).encode()
+        response = await self.http.post(self.worker_url + path, content=content)
+        if code := json.loads(response.content.split(b"\0")[0]).get("error_code"):
+            self.seen.outcomes[f"error {code}"] += 1
+
+    async def slow(self, door: Door) -> None:
+        await self._read_slowly(door, 1.0)
+
+    async def stalled(self, door: Door) -> None:
+        await self._read_slowly(door, 2 * self.client_timeout_s)
+
+    async def _read_slowly(self, door: Door, interval_s: float) -> None:
+        """Half a minute of a reader that takes 4 KiB now and then, by a connection that holds little."""
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.setblocking(False)
+            loop = asyncio.get_running_loop()
+            url = httpx.URL(door.url)
+            await loop.sock_connect(connection, (url.host, url.port))
+            body = door.body(
+                max_tokens=256, temperature=1, ignore_eos=True, logprobs=5, n=1 if "API" in door.name else 8
+            )
+            content = json.dumps(body).encode()
+            head = f"POST {door.path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            await loop.sock_sendall(connection, f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+            until = time.monotonic() + 30
+            taken, outcome = b"", "left"
+            try:
+                while time.monotonic() < until and (part := await loop.sock_recv(connection, 4096)):
+                    taken = (taken + part)[:16384]
+                    await asyncio.sleep(interval_s)
+            except ConnectionResetError:
+                outcome = "given up"
+        refused = re.search(rb'HTTP/1.1 (4\d\d)|"error_code": ?([1-9]\d+)', taken)
+        self.seen.outcomes[f"error {(refused[1] or refused[2]).decode()}" if refused else outcome] += 1
 
 
-async def vanishing(client: httpx.AsyncClient) -> None:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(random.random() * 2):
-            await client.post("/worker_generate", json={"prompt": "def ", "max_new_tokens": 512, "ignore_eos": True})
+def is_token(event: dict[str, Any]) -> bool:
+    return bool(event.get("choices", [event])[0].get("text")) and not event.get("error_code")
 
 
-async def wrong(client: httpx.AsyncClient) -> None:
-    await client.post(random.choice(WORKER_PATHS), content=json.dumps(random.choice(BODIES)).encode())
-
-
-HOSTILE: tuple[Callable[[httpx.AsyncClient], Awaitable[None]], ...] = (slow_reader, large_prompt, vanishing, wrong)
-
-
-async def repeat(work: Callable[[], Awaitable[None]], until: float) -> None:
+async def repeat(work: Callable[[], Awaitable[None]], until: float, pause_s: float, lost: Counter[str]) -> None:
     while time.monotonic() < until:
-        with contextlib.suppress(httpx.HTTPError):
+        try:
             await work()
-        await asyncio.sleep(0.01)
+        except (httpx.HTTPError, OSError) as error:
+            lost[type(error).__name__] += 1
+        await asyncio.sleep(max(0.01, pause_s * random.uniform(0.5, 1.5)))
 
 
-async def sample(
-    pid: int, until: float, memory: dict[str, list[tuple[float, float]]], files: dict[str, list[int]]
-) -> None:
+async def sample(watch: Watch, until: float) -> None:
     while time.monotonic() < until:
-        root = psutil.Process(pid)
-        for process in (root, *root.children(recursive=True)):
-            with contextlib.suppress(psutil.Error):
-                name = f"{process.pid} {process.name()}"
-                memory[name].append((time.monotonic(), process.memory_info().rss / MIB))
-                files[name].append(process.num_fds())
+        watch.look()
         await asyncio.sleep(SAMPLE_INTERVAL_S)
 
 
-def slope(points: list[tuple[float, float]]) -> tuple[float, float]:
-    """Least squares, MiB an hour, and its standard error."""
-    times, sizes = [point[0] / 3600 for point in points], [point[1] for point in points]
-    fitted = statistics.linear_regression(times, sizes)
-    residuals = sum((y - fitted.slope * x - fitted.intercept) ** 2 for x, y in zip(times, sizes, strict=True))
-    spread = sum((x - statistics.mean(times)) ** 2 for x in times)
-    return fitted.slope, (residuals / max(len(points) - 2, 1) / spread) ** 0.5
-
-
 def told(name: str, first_tokens_s: list[float]) -> str:
-    p50, p99 = (statistics.quantiles(first_tokens_s, n=100)[i] for i in (49, 98))
-    return f"{name}: {len(first_tokens_s)} requests, first token p50 {p50 * 1000:.0f} ms, p99 {p99 * 1000:.0f} ms"
+    if len(first_tokens_s) < 2:
+        return f"  {name}: {len(first_tokens_s)} requests"
+    p50, p99 = (statistics.quantiles(first_tokens_s, n=100)[i] * 1000 for i in (49, 98))
+    return f"  {name}: {len(first_tokens_s)} requests, first token p50 {p50:.0f} ms, p99 {p99:.0f} ms"
+
+
+async def counted(clients: Clients) -> dict[str, float]:
+    """The worker's own counts and gauges."""
+    text = (await clients.http.get(f"{clients.worker_url}/metrics")).text
+    found = re.findall(r"^(ipex_vllm_\w+|vllm:kv_cache_usage_perc)({.*})? (\S+)$", text, re.MULTILINE)
+    return {name + (labels if name.startswith("ipex") else ""): float(value) for name, labels, value in found}
+
+
+def summed(counts: dict[str, float], name: str) -> float:
+    return sum(value for key, value in counts.items() if key.startswith(f"ipex_vllm_{name}"))
 
 
 async def run(options: argparse.Namespace) -> None:
-    calm: list[float] = []
-    hard: list[float] = []
-    errors: list[str] = []
-    memory: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    files: dict[str, list[int]] = defaultdict(list)
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=options.worker, timeout=600, trust_env=False, limits=limits) as client:
-        until = time.monotonic() + 60 * options.calm_minutes
-        await asyncio.gather(*(repeat(lambda: fair(client, calm, errors), until) for _ in range(NUM_FAIR)))
-        until = time.monotonic() + 60 * options.minutes
-        kinds = itertools.islice(itertools.cycle(HOSTILE), options.hostile)
+    clients, watch, lost = Clients(options), Watch(options.pid), Counter[str]()
+    before = await counted(clients)
+
+    async def phase(minutes: float, kinds: list[Callable[[Door], Awaitable[None]]]) -> None:
+        until = time.monotonic() + 60 * minutes
         async with asyncio.TaskGroup() as group:
-            group.create_task(sample(options.pid, until, memory, files))
-            for _ in range(NUM_FAIR):
-                group.create_task(repeat(lambda: fair(client, hard, errors), until))
-            for kind in kinds:
-                group.create_task(repeat(lambda kind=kind: kind(client), until))  # type: ignore[misc]
-        await asyncio.sleep(5)
-        metrics = (await client.get("/metrics")).text
-    print(told("alone", calm))
-    print(told(f"beside {options.hostile} hostile clients", hard))
-    print(f"fair requests that were refused or failed: {len(errors)} {sorted(set(errors))[:3]}")
-    for name, points in memory.items():
-        late = points[len(points) // 2 :]
-        if len(late) > 2:
-            per_hour, error = slope(late)
-            span = f"{min(files[name])} to {max(files[name])} files"
-            print(f"{name}: {late[0][1]:.0f} to {late[-1][1]:.0f} MiB, {per_hour:+.0f} +- {error:.0f} MiB/h, {span}")
-    for line in re.findall(r"^(?:ipex_vllm_\w+|vllm:kv_cache_usage_perc)(?:{.*})? \S+$", metrics, re.MULTILINE):
-        print(line)
+            for index, kind in enumerate(kinds):
+                first = index % len(clients.doors)
+                doors = itertools.cycle(clients.doors[first:] + clients.doors[:first])
+                work = lambda kind=kind, doors=doors: kind(next(doors))  # noqa: E731
+                group.create_task(repeat(work, until, options.pause, lost))
+            group.create_task(sample(watch, until))
+
+    fair = [clients.fair] * options.fair
+    await phase(options.calm_minutes, list(fair))
+    print(f"{options.fair} fair clients alone")
+    print(*(told(*item) for item in clients.seen.first_tokens_s.items()), sep="\n")
+    clients.seen.first_tokens_s.clear()
+    hostile = (clients.slow, clients.large, clients.leaving, clients.wrong, clients.stalled)
+    await phase(options.minutes, [*fair, *itertools.islice(itertools.cycle(hostile), options.hostile)])
+    print(f"beside {options.hostile} hostile clients, {options.minutes:g} minutes")
+    print(*(told(*item) for item in clients.seen.first_tokens_s.items()), sep="\n")
+    await asyncio.sleep(2 * clients.client_timeout_s)
+    after = await counted(clients)
+    change = {name: value - before.get(name, 0) for name, value in after.items()}
+    seen = clients.seen.outcomes
+    print(f"clients saw {dict(sorted(seen.items()))}, connections lost {dict(lost)}")
+    ended = summed(change, "requests_total") + summed(change, "disconnects_total")
+    print(f"  ended or left: worker {ended:.0f}, clients {seen['finished'] + seen['left'] + seen['given up']}")
+    errors = sum(count for outcome, count in seen.items() if outcome.startswith("error"))
+    print(f"  errors: worker {summed(change, 'errors_total'):.0f}, clients {errors}")
+    for name, value in sorted(after.items()):
+        if "_created" not in name and "bytes" not in name:
+            print(f"  {name} {value:g}")
+    print(*watch.report(), sep="\n")
+    if options.plot:
+        watch.plot(options.plot)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worker", required=True, help="URL of a worker")
-    parser.add_argument("--pid", type=int, required=True, help="its process, whose tree is watched")
+    parser.add_argument("--worker", required=True, help="URL of a worker that serves `demo`")
+    parser.add_argument("--api", help="URL of FastChat's API server in front of it")
+    parser.add_argument("--pid", type=int, required=True, help="the process whose tree is watched")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--calm-minutes", type=float, default=1.0)
-    parser.add_argument("--hostile", type=int, default=40, help="clients; ten times the slots")
+    parser.add_argument("--fair", type=int, default=4, help="clients")
+    parser.add_argument("--hostile", type=int, default=40, help="clients; ten times the slots is an overload")
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds between two requests of a client, on average")
+    parser.add_argument("--client-timeout", type=float, default=5.0, help="the worker's, in seconds")
+    parser.add_argument("--plot", type=Path, help="write memory and descriptors over time there")
     asyncio.run(run(parser.parse_args()))
 
 

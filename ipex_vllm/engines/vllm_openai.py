@@ -131,6 +131,7 @@ async def make_application(llm: Any, args: argparse.Namespace) -> tuple[FastAPI,
         root.setLevel(level)
         root.handlers[:] = handlers
     app.add_exception_handler(HTTPException, not_found)
+    logging.getLogger("vllm.entrypoints.anthropic.api_router").addFilter(is_no_clients_mistake)
     app.middleware_stack = app.build_middleware_stack()  # the same package has built it already, without the handler
     # vLLM's error handler tells its server to exit when the engine has died, which the worker sees by itself.
     app.state.server = types.SimpleNamespace(should_exit=False)
@@ -142,6 +143,14 @@ async def make_application(llm: Any, args: argparse.Namespace) -> tuple[FastAPI,
 
     freeze_gc_heap()
     return app, asyncio.create_task(log_statistics())
+
+
+def is_no_clients_mistake(record: logging.LogRecord) -> bool:
+    """Whether a record is worth a traceback: for Anthropic's API vLLM 0.32 logs every request that it refuses."""
+    from vllm.exceptions import VLLMClientError
+
+    error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+    return not isinstance(error, (ValueError, VLLMClientError))
 
 
 async def not_found(request: Request, error: Exception) -> Response:
