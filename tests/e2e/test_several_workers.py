@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import httpx
-import openai
 import pytest
 
 from benchmarks.make_model import make_model
@@ -88,15 +87,12 @@ def test_the_shortest_queue_is_served_next(cluster: Cluster) -> None:
     eventually(lambda: cluster.addresses("twice") == {cluster.first.url, cluster.second.url}, "both are idle again")
 
 
-def test_a_worker_that_dies_under_load_costs_its_own_requests_and_comes_back(cluster: Cluster) -> None:
+def test_a_worker_that_dies_under_load_costs_no_request_that_has_no_token_and_comes_back(cluster: Cluster) -> None:
     with ThreadPoolExecutor(16) as pool:
         answers = [pool.submit(cluster.complete, "twice") for _ in range(16)]
         eventually(lambda: queue_length(cluster.first) > 1 and queue_length(cluster.second) > 1, "both work")
         cluster.first.kill()
-        errors = [answer.exception() for answer in answers]
-    failed = [error for error in errors if error is not None]
-    assert 0 < len(failed) < len(errors)
-    assert all(isinstance(error, openai.APIStatusError) for error in failed), "told, and not left hanging"
+        assert all(answer.result() for answer in answers), "the other one answered"
 
     # More between two heartbeats, which set the living one's back to zero, than the dead one's last known queue: that
     # alone would keep so many away from it.
