@@ -144,8 +144,8 @@ def test_a_layer_whose_inputs_the_usual_group_does_not_divide_has_a_smaller_one(
 
 def test_the_kernels_in_use_are_logged_and_a_slow_one_says_what_it_costs(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        quantize_model(llama(), "nf4")
-    assert "nf4: 14 layers use the kernel dequantize, which saves memory but no time" in caplog.text
+        quantize_model(llama(), "fp6")
+    assert "fp6: 14 layers use the kernel dequantize, which saves memory but no time" in caplog.text
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])

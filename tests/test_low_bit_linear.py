@@ -109,7 +109,10 @@ AVX2 = frozenset({"onednn_scaled_mm"})
         ("fp8_e4m3", AVX512_BF16, True, torch.bfloat16, 64, "w8a16"),
         ("fp8_e5m2", frozenset(), True, torch.float32, 33, "w8a16"),
         ("fp8_e4m3", AVX512_BF16, False, torch.bfloat16, 64, "dequantize"),
-        ("nf4", AVX512_BF16, True, torch.bfloat16, 64, "dequantize"),
+        ("nf4", frozenset(), True, torch.bfloat16, 64, "w4a8"),
+        ("fp4", AVX512_BF16, True, torch.float32, 33, "w4a8"),
+        ("nf4", AVX512_BF16, False, torch.bfloat16, 64, "dequantize"),
+        ("fp6", AVX512_BF16, True, torch.bfloat16, 64, "dequantize"),
     ],
 )
 def test_the_kernel_follows_from_the_format_the_machine_the_dtype_and_the_shape(

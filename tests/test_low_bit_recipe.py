@@ -117,8 +117,6 @@ def test_the_bytes_are_those_of_the_codes_and_scales_and_of_all_that_stays(name:
             expected += 2 * math.prod(shape)
             continue
         expected += bytes_of(shape, storage)
-        if storage.format.bits == 4 and not storage.format.is_packed:
-            expected += math.prod(shape) // 2  # packed on disk, a byte each in memory
     assert loaded_bytes(checkpoint(LAYERS), name, head=head) == expected
 
 

@@ -122,7 +122,8 @@ def results(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         "fp8_e4m3 saved": {"model": str(models["fp8_e4m3"])},
         "qwen asym_int4": {**qwen, "quantization": "ipex_asym_int4"},
         "qwen sym_int4, two ranks": {**qwen, **int4, **two_ranks},
-        "nf4": {**llama, "quantization": "ipex_nf4", "dtype": "float32"},
+        "nf4": {**llama, "quantization": "ipex_nf4"},
+        "fp6": {**llama, "quantization": "ipex_fp6", "dtype": "float32"},
     }
     for name in ("sym_int4", "sym_int8"):
         path = str(IPEX_LLM / name)
@@ -297,9 +298,15 @@ def test_what_ipex_llm_saved_is_served(name: str, results: dict[str, Result]) ->
 
 
 def test_a_slow_format_is_served_and_says_what_it_costs(models: dict[str, Path], results: dict[str, Result]) -> None:
+    run = results["fp6"]
+    assert_close(run.logprobs, quantized(models["llama"], "fp6"), models["llama"])
+    assert f"fp6: {LINEARS} layers use the kernel dequantize, which saves memory but no time" in run.log
+
+
+def test_the_levels_of_a_table_have_a_kernel(models: dict[str, Path], results: dict[str, Result]) -> None:
     run = results["nf4"]
     assert_close(run.logprobs, quantized(models["llama"], "nf4"), models["llama"])
-    assert f"nf4: {LINEARS} layers use the kernel dequantize, which saves memory but no time" in run.log
+    assert f"nf4: {LINEARS} layers use the kernel w4a8" in run.log
 
 
 def test_a_vllm_without_this_package_opens_what_was_saved(models: dict[str, Path], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ipex_vllm.low_bit.formats import FORMATS
 from ipex_vllm.low_bit.kernels import native, w4a8
 from tests.int8_reference import assert_close, isas, product
 
@@ -129,6 +130,30 @@ def test_same_bits_for_any_number_of_threads(threads):
         results.append([w4a8.linear(x[:rows], packed, None, 480, 64, False) for rows in (1, 9, 300)])
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
+
+
+@pytest.mark.parametrize("group", w4a8.GROUP_SIZES)
+@pytest.mark.parametrize("name", w4a8.TABLES)
+def test_the_levels_of_a_table(name, group):
+    values = torch.tensor(FORMATS[name].values)
+    levels = (values * w4a8.UNITS[name]).round()  # those of fp4 are whole already
+    assert (levels / w4a8.UNITS[name] - values).abs().max() < 0.004
+    codes = torch.randint(0, len(levels), (70, 1152), dtype=torch.uint8)
+    _, scales, _ = random_weight(70, 1152, group, True)
+    packed, table = w4a8.pack(codes, scales, None), w4a8.TABLES[name]
+    weight = levels.double()[codes.long()] * scales.double().repeat_interleave(group, 1)
+    x = torch.randn(150, 1152)
+    for rows in (1, 3, 20, 150):
+        expected = product(x[:rows], weight, min(group, 64))
+        results = [w4a8.linear(x[:rows], packed, None, 70, group, True, isa, table) for isa in isas()]
+        assert_close(results[0], expected)
+        assert all(torch.equal(results[0], result) for result in results[1:])
+
+
+def test_a_table_that_there_is_not_is_refused():
+    packed = w4a8.pack(*random_weight(64, 128, 32, True))
+    with pytest.raises(RuntimeError, match="no such table"):
+        w4a8.linear(torch.randn(1, 128), packed, None, 64, 32, True, table=3)
 
 
 @pytest.mark.parametrize("dtype", native.DTYPES)

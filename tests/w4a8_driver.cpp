@@ -6,6 +6,10 @@
 using namespace w4a8;
 using common::kTileOutputs;
 
+// What a code of each table stands for: NF4 in 127ths, E2M1 in halves.
+static const int kLevels[2][16] = {{-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127},
+                                   {-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12, 0}};
+
 static std::vector<float> reference(const std::vector<float> &x, const Weights &w, const float *bias, int64_t rows) {
     std::vector<float> out(rows * w.outputs);
     const RoundedRows rounded(x, rows, w.inputs, w.step());
@@ -19,11 +23,12 @@ static std::vector<float> reference(const std::vector<float> &x, const Weights &
                 int dot = 0, sum = 0;
                 for (int64_t k = first; k < first + w.step(); ++k) {
                     const uint8_t byte = block[w.terms_bytes() + k % w.group / 4 * kLineBytes + lane * 4 + k % 4];
-                    dot += (high ? byte >> 4 : byte & 15) * rounded.code(m, k);
+                    const int nibble = high ? byte >> 4 : byte & 15;
+                    dot += (w.table ? kLevels[w.table - 1][nibble] : nibble) * rounded.code(m, k);
                     sum += rounded.code(m, k);
                 }
                 const float scale = half_at(block + 2 * (n % kTileOutputs)), x_scale = rounded.scale(m, g);
-                total = std::fma(scale, x_scale * float(w.symmetric ? dot - 8 * sum : dot), total);
+                total = std::fma(scale, x_scale * float(w.symmetric && !w.table ? dot - 8 * sum : dot), total);
                 if (!w.symmetric)
                     total = std::fma(half_at(block + common::kTermBytes + 2 * (n % kTileOutputs)), x_scale * float(sum), total);
             }
@@ -37,11 +42,13 @@ int main() {
     const std::vector<int> isas = known_isas(w4a8_isa(1000));
     int checked = 0;
     for (const int64_t group : {32, 64, 128})
-        for (const bool symmetric : {true, false})
+        for (const int kind : {0, 1, 2, 3}) // asymmetric, symmetric, and the two tables
             for (const int64_t outputs : {1, 31, 32, 33, 80})
                 for (const int64_t inputs : {group, 5 * group, int64_t(1152)})
                     for (const int64_t rows : {1, 2, 3, 6, 7, 8, 15, 17, 129}) {
-                        Weights w{nullptr, outputs, inputs, group, symmetric};
+                        const bool symmetric = kind > 0;
+                        const Table table = Table(kind > 1 ? kind - 1 : 0);
+                        Weights w{nullptr, outputs, inputs, group, symmetric, table};
                         std::vector<uint8_t> packed(w.tiles() * w.groups() * w.block_bytes());
                         for (auto &byte : packed) byte = random();
                         for (int64_t b = 0; b < w.tiles() * w.groups(); ++b)
@@ -57,10 +64,10 @@ int main() {
                             for (const int threads : {1, 3}) {
                                 std::fill(out.begin(), out.end(), NAN);
                                 if (w4a8_linear(x.data(), packed.data(), added, out.data(), rows, outputs, inputs, group,
-                                                symmetric, common::kFloat32, common::kFloat32, isa, threads) ||
+                                                symmetric, table, common::kFloat32, common::kFloat32, isa, threads) ||
                                     std::memcmp(out.data(), expected.data(), out.size() * 4)) {
-                                    std::printf("isa %d: %ld x %ld, group %ld, symmetric %d, rows %ld differ\n", isa,
-                                                long(outputs), long(inputs), long(group), symmetric, long(rows));
+                                    std::printf("isa %d: %ld x %ld, group %ld, kind %d, rows %ld differ\n", isa,
+                                                long(outputs), long(inputs), long(group), kind, long(rows));
                                     return 1;
                                 }
                                 ++checked;

@@ -38,7 +38,7 @@ class Weights:
             return cls(row.bits, row.bits, "float")
         recipe = on_load(row)
         body, head = (recipe.storage("layer", 4096, is_head=is_head) for is_head in (False, True))
-        return cls(_bits(body), _bits(head), "int8" if row.kind == "integer" else "float")
+        return cls(_bits(body), _bits(head), "int8" if row.kind == "integer" or row.is_packed else "float")
 
 
 def _bits(storage: Storage | str) -> float:

@@ -65,7 +65,7 @@ class Format:
     @property
     def is_packed(self) -> bool:
         """Whether the kernel for the format reads two codes from a byte. Codes that have none take a byte each."""
-        return self.kind == "integer" and self.bits == 4
+        return self.bits == 4
 
     @property
     def runs_on_xpu(self) -> bool:

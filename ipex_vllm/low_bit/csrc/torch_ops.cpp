@@ -189,14 +189,16 @@ void w4a8_operator(Value *stack, uint64_t, uint64_t) {
     Linear linear(stack);
     const int64_t group = int64_t(stack[4]);
     const bool symmetric = stack[5] & 1;
-    const w4a8::Weights weights{nullptr, linear.outputs, linear.inputs, group, symmetric};
+    const int32_t table = int32_t(stack[7]);
+    const w4a8::Weights weights{nullptr, linear.outputs, linear.inputs, group, symmetric, w4a8::Table(table)};
+    if (table < 0 || table > w4a8::kFp4 || (table && !symmetric)) fail("int4 weights have no such table");
     if ((group != 32 && group != 64 && group != 128) || linear.inputs % group)
         fail("int4 weights have groups of 32, 64 or 128 inputs: " + std::to_string(linear.inputs) +
              " are not divided by " + std::to_string(group));
     linear.check_packed("int4", weights.tiles() * weights.groups() * weights.block_bytes());
     const int32_t isa = usable(int64_t(stack[6]), w4a8_isa(linear.rows), "int4");
     stack[0] = linear.result([&](auto... tensors_and_rows) {
-        return w4a8_linear(tensors_and_rows..., linear.outputs, linear.inputs, group, symmetric, linear.dtype,
+        return w4a8_linear(tensors_and_rows..., linear.outputs, linear.inputs, group, symmetric, table, linear.dtype,
                            linear.bias_dtype, isa, omp_get_max_threads());
     });
 }

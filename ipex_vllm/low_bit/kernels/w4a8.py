@@ -1,4 +1,4 @@
-"""int4 weights times int8 activations (W4A8) on x86 CPUs: packing, and the torch operator over the native kernel.
+"""4-bit weights times int8 activations (W4A8) on x86 CPUs: packing, and the torch operator over the native kernel.
 
 How the kernel works, and the packed layout drawn, is in `docs/kernels.md`.
 """
@@ -15,6 +15,11 @@ from ipex_vllm.low_bit.quantize import QuantizedWeight
 GROUP_SIZES = (32, 64, 128)
 TILE_OUTPUTS = 32
 TERM_BYTES = 2 * TILE_OUTPUTS
+
+# What a code stands for, by the format's name, as csrc/w4a8/w4a8.h numbers it: itself, or a level of a table; and what
+# a level is counted in. NF4's are rounded to whole ones, by less than 0.004 of the largest weight of a group.
+TABLES = {"nf4": 1, "fp4": 2}
+UNITS = {"nf4": 127, "fp4": 2}
 
 ISAS = {1: "avx2", 2: "avx_vnni", 3: "avx512_vnni", 4: "amx"}
 
@@ -103,7 +108,14 @@ def unpack(packed: Tensor, out_features: int, group_size: int, symmetric: bool) 
 
 
 def linear(
-    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, group_size: int, symmetric: bool, isa: int = 0
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+    symmetric: bool,
+    isa: int = 0,
+    table: int = 0,
 ) -> Tensor:
     """`x @ weight.T + bias` with the weights of `pack`, through the torch operator `ipex_vllm::w4a8_linear`.
 
@@ -116,6 +128,7 @@ def linear(
         packed: uint8, from `pack`.
         bias: float32 or x's dtype [N], or None.
         isa: one of `ISAS`, which this CPU must have; 0 is the best one for so many rows.
+        table: one of `TABLES`, whose symmetric weights are `scale * level`, levels counted in `UNITS`; 0 for none.
 
     Returns:
         [..., N] of x's dtype.
@@ -124,11 +137,18 @@ def linear(
         RuntimeError: a shape or dtype does not fit, or the kernel cannot run here.
     """
     operator = torch.ops.ipex_vllm.w4a8_linear.default
-    return operator(x, packed, bias, out_features, group_size, symmetric, isa)  # type: ignore[no-any-return]
+    return operator(x, packed, bias, out_features, group_size, symmetric, isa, table)  # type: ignore[no-any-return]
 
 
 def _linear_shape(
-    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, group_size: int, symmetric: bool, isa: int = 0
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+    symmetric: bool,
+    isa: int = 0,
+    table: int = 0,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
@@ -136,16 +156,17 @@ def _linear_shape(
 # The library implements it (csrc/torch_ops.cpp).
 torch.library.define(
     "ipex_vllm::w4a8_linear",
-    "(Tensor x, Tensor packed, Tensor? bias, int out_features, int group_size, bool symmetric, int isa=0) -> Tensor",
+    "(Tensor x, Tensor packed, Tensor? bias, int out_features, int group_size, bool symmetric, int isa=0, int table=0) "
+    "-> Tensor",
 )
 torch.library.register_fake("ipex_vllm::w4a8_linear", _linear_shape)
 
 
 class W4A8Linear(LowBitLinear):
-    """This package's int4 matmul, with activations rounded to int8 in groups of inputs."""
+    """This package's matmul with 4-bit weights, and activations rounded to int8 in groups of inputs."""
 
     kernel = "w4a8"
-    formats = ("sym_int4", "asym_int4")
+    formats = ("sym_int4", "asym_int4", *TABLES)
     group_sizes = GROUP_SIZES
     packed: torch.Tensor
 
@@ -158,7 +179,10 @@ class W4A8Linear(LowBitLinear):
         mins = None if weight.mins is None else weight.mins.float()
         assert weight.group_size is not None
         self.inputs_per_scale = weight.group_size
-        self.register_buffer("packed", pack(weight.codes, weight.scales.float(), mins), persistent=False)
+        self.table = TABLES.get(self.format.name, 0)
+        scales = weight.scales.float() / UNITS.get(self.format.name, 1)
+        self.register_buffer("packed", pack(weight.codes, scales, mins), persistent=False)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return linear(x, self.packed, bias, self.out_features, self.inputs_per_scale, self.format.symmetric)
+        symmetric = self.format.symmetric
+        return linear(x, self.packed, bias, self.out_features, self.inputs_per_scale, symmetric, table=self.table)

@@ -3,10 +3,9 @@
 
 #ifdef __AMX_INT8__
 
-#include "common/int8_vectors512.h"
+#include "w4a8/levels512.h"
 
 #include "common/amx_kernel.h"
-#include "w4a8/kernel.h"
 
 namespace w4a8 {
 namespace {
@@ -25,13 +24,25 @@ struct Amx : common::Int8Vectors512 {
     }
 };
 
+template <Table T> struct AmxLookup : Levels512<T> {
+    static void unpack(const uint8_t *nibbles, int lines, uint8_t *bytes) {
+        for (int i = 0; i < lines; ++i) {
+            __m512i codes[2];
+            AmxLookup::look_up(AmxLookup::load_bytes(nibbles + i * kLineBytes), codes);
+            _mm512_store_si512(bytes + i * 2 * kLineBytes, codes[0]);
+            _mm512_store_si512(bytes + (2 * i + 1) * kLineBytes, codes[1]);
+        }
+    }
+};
+
 void multiply_amx(const Weights &w, const Activations &a, const Output &out, int64_t tile, int64_t begin, int64_t end) {
-    with_layout(w, [&](auto layout) {
-        common::multiply_tile_amx<Amx, decltype(layout)>({w.packed, w.outputs, w.groups()}, a, out, tile, begin, end);
+    with_types<Amx, AmxLookup>(w, [&](auto vectors, auto layout) {
+        common::multiply_tile_amx<decltype(vectors), decltype(layout)>({w.packed, w.outputs, w.groups()}, a, out, tile,
+                                                                       begin, end);
     });
 }
 
-const Kernel kKernel{quantize<Amx>, multiply_amx};
+const Kernel kKernel{quantize<Amx, AmxLookup>, multiply_amx};
 
 } // namespace
 

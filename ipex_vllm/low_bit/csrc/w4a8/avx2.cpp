@@ -1,4 +1,5 @@
 // Compiled with AVX2, FMA and F16C.
+#include "common/int8_signs256.h"
 #include "w4a8/nibbles256.h"
 
 namespace w4a8 {
@@ -19,9 +20,10 @@ struct Pairs {
 };
 
 using Avx2 = Nibbles256<Pairs>;
+template <Table T> using Lookup = Levels256<common::Signs256, 0, T>;
 
 } // namespace
 
-const Kernel kAvx2Kernel{quantize<Avx2>, multiply<Avx2>};
+const Kernel kAvx2Kernel{quantize<Avx2, Lookup>, multiply<Avx2, Lookup>};
 
 } // namespace w4a8

@@ -1,6 +1,5 @@
 // Compiled with AVX-512 F, BW, VL and VNNI.
-#include "common/int8_vectors512.h"
-#include "w4a8/kernel.h"
+#include "w4a8/levels512.h"
 
 namespace w4a8 {
 namespace {
@@ -18,6 +17,6 @@ struct Avx512Vnni : common::Int8Vectors512 {
 
 } // namespace
 
-const Kernel kAvx512VnniKernel{quantize<Avx512Vnni>, multiply<Avx512Vnni>};
+const Kernel kAvx512VnniKernel{quantize<Avx512Vnni, Levels512>, multiply<Avx512Vnni, Levels512>};
 
 } // namespace w4a8

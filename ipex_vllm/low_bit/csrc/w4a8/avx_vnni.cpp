@@ -5,7 +5,8 @@
 namespace w4a8 {
 
 using AvxVnni = Nibbles256<common::Vnni256>;
+template <Table T> using Lookup = Levels256<common::Vnni256, 128, T>;
 
-const Kernel kAvxVnniKernel{quantize<AvxVnni>, multiply<AvxVnni>};
+const Kernel kAvxVnniKernel{quantize<AvxVnni, Lookup>, multiply<AvxVnni, Lookup>};
 
 } // namespace w4a8

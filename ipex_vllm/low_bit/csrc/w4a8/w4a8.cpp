@@ -14,9 +14,9 @@ const Kernel &w4a8::kernel(int32_t isa) {
 int32_t w4a8_isa(int64_t rows) { return common::best_isa(kAmxKernel && rows >= kFewestAmxRows); }
 
 int32_t w4a8_linear(const void *x, const void *packed, const void *bias, void *out, int64_t rows, int64_t outputs,
-                    int64_t inputs, int64_t group, int32_t symmetric, int32_t dtype, int32_t bias_dtype, int32_t isa,
-                    int32_t threads) {
-    const Weights weights{static_cast<const uint8_t *>(packed), outputs, inputs, group, symmetric != 0};
+                    int64_t inputs, int64_t group, int32_t symmetric, int32_t table, int32_t dtype, int32_t bias_dtype,
+                    int32_t isa, int32_t threads) {
+    const Weights weights{static_cast<const uint8_t *>(packed), outputs, inputs, group, symmetric != 0, Table(table)};
     const Output output{out, DType(dtype), bias, DType(bias_dtype)};
     return common::multiply_rows(kernel(isa), weights, x, output, rows, threads);
 }

@@ -13,12 +13,16 @@ using common::Output;
 constexpr int kLineBytes = 64; // one packed line: 4 consecutive inputs of 32 outputs
 constexpr int kFewestAmxRows = 32; // from which on AMX is faster
 
+// What a code stands for: itself, or a level of a table, in 127ths (QLoRA's NF4) or halves (OCP's E2M1).
+enum Table : int32_t { kIntegers = 0, kNf4 = 1, kFp4 = 2 };
+
 struct Weights {
     const uint8_t *packed;
     int64_t outputs;
     int64_t inputs;
     int64_t group;
     bool symmetric;
+    Table table = kIntegers; // another one is symmetric
 
     int64_t groups() const { return inputs / group; }
     int64_t step() const { return group < common::kLargestStep ? group : common::kLargestStep; }
@@ -49,11 +53,12 @@ extern "C" {
 // The best instruction set of this CPU (common::Isa) for so many rows; kNone when there is none to run on.
 int32_t w4a8_isa(int64_t rows);
 
-// out[m, n] = sum_k x_q[m, k] * (scale[n, k / group] * code[n, k] + min[n, k / group]) + bias[n], where x_q is x
+// out[m, n] = sum_k x_q[m, k] * (scale[n, k / group] * code[n, k] + min[n, k / group]) + bias[n], where a code is the
+// level that it stands for if there is a table, less 8 if it is symmetric without, and x_q is x
 // rounded to int8 with one scale for each group of 32 or 64 inputs. Returns 0, or -1 when there is no memory for the
 // quantized rows.
 int32_t w4a8_linear(const void *x, const void *packed, const void *bias, void *out, int64_t rows, int64_t outputs,
-                    int64_t inputs, int64_t group, int32_t symmetric, int32_t dtype, int32_t bias_dtype, int32_t isa,
-                    int32_t threads);
+                    int64_t inputs, int64_t group, int32_t symmetric, int32_t table, int32_t dtype, int32_t bias_dtype,
+                    int32_t isa, int32_t threads);
 }
 #pragma GCC visibility pop
