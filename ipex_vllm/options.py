@@ -150,6 +150,9 @@ class WorkerOptions:
     low_bit_outer: str | None = option(
         "format of the first and the last decoder layer beside --low-bit; default: that of the others", None
     )
+    upstream_kernels: bool = option(
+        "leave checkpoints that are quantized already (AWQ, GPTQ, ...) to vLLM's own kernels", False
+    )
     conv_template: str | None = option("FastChat conversation template; default: the model's own chat template", None)
     host: str = option(
         "address to listen on; anything but loopback opens the worker to the network", "127.0.0.1", parse=host_name

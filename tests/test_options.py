@@ -60,6 +60,7 @@ SAMPLES: dict[str, tuple[str, Any, Any]] = {
     "low_bit": ("sym_int4", "sym_int4", "sym_int4"),
     "low_bit_head": ("none", "none", "none"),
     "low_bit_outer": ("sym_int8", "sym_int8", "sym_int8"),
+    "upstream_kernels": ("yes", True, True),
     "conv_template": ("zephyr", "zephyr", "zephyr"),
     "host": ("::1", "::1", "::1"),
     "port": ("21003", 21003, 21003),
@@ -92,7 +93,7 @@ def test_the_samples_cover_every_option_and_differ_from_its_default():
 def test_an_option_is_the_same_from_the_environment_the_file_and_the_command_line(parse, name):
     text, in_file, value = SAMPLES[name]
     dashed = name.replace("_", "-")
-    if name in ("no_register", "log_prompts", "verbose", "explain"):
+    if name in ("no_register", "upstream_kernels", "log_prompts", "verbose", "explain"):
         flag = f"--{dashed}"
     else:
         flag = f"--no-{dashed}" if value is False else f"--{dashed}={text}"

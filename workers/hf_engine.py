@@ -71,6 +71,8 @@ class HfEngine(Engine):
     def check(cls, options: WorkerOptions, args: argparse.Namespace) -> None:
         if options.compile:
             raise OptionError("--compile: Transformers runs the model eagerly here; leave it out")
+        if options.upstream_kernels:
+            raise OptionError("--upstream-kernels: vLLM's engine has them, this worker has Transformers' own")
         if args.ipex:
             check_for_ipex(options)
             return

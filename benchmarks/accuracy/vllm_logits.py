@@ -24,17 +24,21 @@ from ipex_vllm.engines.vllm_devices import ONE_PROCESS
 MARK = "RESULT "
 
 
-def score_vllm(folder: Path, arguments: dict[str, Any], *, plugin: bool = True) -> Score:
+def score_vllm(
+    folder: Path, arguments: dict[str, Any], *, plugin: bool = True, environ: dict[str, str] | None = None
+) -> Score:
     """Score vLLM with these engine arguments against the reference in `folder`; without `plugin`, upstream's alone.
+
+    `environ` are more variables for its process.
 
     Raises RuntimeError with the process's last words.
     """
     command = [sys.executable, "-m", __name__, str(folder), json.dumps(arguments)]
     # One process, so that the model can be reached.
-    environ = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", **os.environ}
+    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", **os.environ, **(environ or {})}
     if not plugin:
-        environ["VLLM_PLUGINS"] = ""
-    done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
+        variables["VLLM_PLUGINS"] = ""
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
     for line in done.stdout.splitlines():
         if line.startswith(MARK):
             return Score(**json.loads(line.removeprefix(MARK)))

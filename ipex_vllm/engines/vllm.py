@@ -30,7 +30,7 @@ from ipex_vllm.engines.vllm_options import add_listed, keep_listing
 from ipex_vllm.engines.vllm_pooling import embed
 from ipex_vllm.engines.vllm_requests import OutputReader, request_error, sampling_params
 from ipex_vllm.errors import EngineError, OptionError
-from ipex_vllm.low_bit import vllm_arguments
+from ipex_vllm.low_bit import UPSTREAM_KERNELS, quantization_line, vllm_arguments
 from ipex_vllm.options import WorkerOptions
 from ipex_vllm.plan.plan import Demands, Plan, context_line
 
@@ -142,6 +142,10 @@ class VllmEngine(Engine):
             if args.node_rank > 0:
                 follow(engine_args)
             config = engine_args.create_engine_config(UsageContext.ENGINE_CONTEXT)
+            if plan.device == "cpu" and (
+                line := quantization_line(config.model_config.quantization, plan.upstream_kernels)
+            ):
+                logger.info("%s", line)
             whole = config.model_config.max_model_len
             pace_steps(config, plan.max_stream_gap)
             log_choices = {name: vars(args)[name] for name in ("enable_log_requests", "disable_log_stats")}
@@ -270,7 +274,8 @@ def apply_low_bit(args: argparse.Namespace, plan: Plan) -> None:
     """Turn the weights' format into vLLM's own arguments."""
     chosen = vllm_arguments(plan.low_bit, plan.model_path, plan.device, plan.low_bit_head, plan.low_bit_outer)
     # What the user tells vLLM's plugins stays, beside our wishes.
-    args.additional_config = {**args.additional_config, **chosen.pop("additional_config", {})}
+    wishes = {**chosen.pop("additional_config", {}), **({UPSTREAM_KERNELS: True} if plan.upstream_kernels else {})}
+    args.additional_config = {**args.additional_config, **wishes}
     for name, value in chosen.items():
         setattr(args, name, value)
 

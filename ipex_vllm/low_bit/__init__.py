@@ -11,6 +11,9 @@ from ipex_vllm.low_bit.formats import FORMATS, Format, resolve
 from ipex_vllm.low_bit.recipe import on_load
 from ipex_vllm.machine.gguf import find_files
 
+# The entry of vLLM's `additional_config` that leaves quantized checkpoints to its own kernels.
+UPSTREAM_KERNELS = "ipex_vllm_upstream_kernels"
+
 
 def choose_format(low_bit: str | None, head: str | None, device: str, outer: str | None = None) -> Format | None:
     """The format that `--low-bit` and its two companions ask for; None if the weights stay as the checkpoint has them.
@@ -71,6 +74,18 @@ def vllm_arguments(
     if device == "xpu" and not existing.runs_on_xpu:
         raise ValueError(f"{model_path} has no kernel on XPU ({existing.description})")
     return existing.vllm_arguments | dtype
+
+
+def quantization_line(method: str | None, upstream_kernels: bool) -> str | None:
+    """Whose kernels compute a checkpoint that another tool has quantized by vLLM's `method`; None for any other."""
+    if method is None or method.startswith("ipex_"):
+        return None
+    if upstream_kernels:
+        return f"quantization: {method}, left to vLLM's own kernels (chosen with --upstream-kernels)"
+    return (
+        f"quantization: {method}, by our kernels where they take it, integers with activations in 8 bits "
+        "(--upstream-kernels leaves it to vLLM's own)"
+    )
 
 
 def gguf_directory(model_path: str) -> Path | None:

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from ipex_vllm.low_bit.kernels import experts as kernel
-from ipex_vllm.low_bit.quantize import quantize
-from ipex_vllm.low_bit.recipe import ExpertStorage
+from ipex_vllm.low_bit.quantize import QuantizedWeight, quantize
+from ipex_vllm.low_bit.recipe import ExpertStorage, Storage
 
+# A weight, or one that is quantized already, as its storage says.
+Weight = torch.Tensor | QuantizedWeight
 # The weights of one expert: gate [intermediate, hidden], up likewise, down [hidden, intermediate].
-Expert = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Expert = tuple[Weight, Weight, Weight]
+
+
+def quantized(weight: Weight, storage: Storage) -> QuantizedWeight:
+    if isinstance(weight, QuantizedWeight):
+        return weight
+    return quantize(weight.detach(), storage.format, storage.group_size or 0)
+
+
+def in_turn(gate: QuantizedWeight, up: QuantizedWeight) -> QuantizedWeight:
+    """Both as one weight, in the order of `kernel.in_turn`."""
+    mins = None if gate.mins is None or up.mins is None else kernel.in_turn(gate.mins, up.mins)
+    codes, scales = kernel.in_turn(gate.codes, up.codes), kernel.in_turn(gate.scales, up.scales)
+    return replace(gate, codes=codes, scales=scales, mins=mins)
 
 
 class LowBitExperts(nn.Module):
@@ -38,7 +54,9 @@ class LowBitExperts(nn.Module):
         up_bias: torch.Tensor | None = None,
         down_bias: torch.Tensor | None = None,
     ) -> None:
-        """Quantize the `experts` one by one; nothing but what is packed is kept of one when the next is taken.
+        """Pack the `experts` one by one, quantizing those that are not quantized.
+
+        Nothing but what is packed is kept of one when the next is taken.
 
         `activation` is one of `kernel.ACTIVATIONS`; biases are [experts, features].
         Raises ValueError for weights that are not finite or too large for the scale.
@@ -47,14 +65,11 @@ class LowBitExperts(nn.Module):
         self.format, self.storage = storage.gate_up.format, storage
         self.activation = kernel.ACTIVATIONS[activation]
         for index, (gate, up, down) in enumerate(experts):
-            pieces = {
-                "gate_up": (kernel.in_turn(gate.detach(), up.detach()), storage.gate_up),
-                "down": (down.detach(), storage.down),
-            }
-            for name, (weight, how) in pieces.items():
-                packed = kernel.pack(quantize(weight, how.format, how.group_size or 0))
+            halves = [quantized(half, storage.gate_up) for half in (gate, up)]
+            for name, weight in (("gate_up", in_turn(*halves)), ("down", quantized(down, storage.down))):
+                packed = kernel.pack(weight)
                 if index == 0:
-                    self.intermediate = len(gate)
+                    self.intermediate = len(halves[0].codes)
                     buffer = torch.empty(num_experts, len(packed), dtype=torch.uint8)
                     self.register_buffer(name, buffer, persistent=False)
                 getattr(self, name)[index] = packed

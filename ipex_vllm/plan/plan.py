@@ -50,6 +50,7 @@ class Plan:
         names: names that clients may use.
         low_bit: format of the weights, as chosen by the user or for this machine; None for the checkpoint's own.
         low_bit_head, low_bit_outer: the output head's and the outer layers', where the user chose them.
+        upstream_kernels: a checkpoint that is quantized already is left to the engine's own kernels.
         rank_cores: for each rank of tensor and pipeline parallelism, the logical CPUs that compute.
         kv_cache_bytes: KV cache of one rank.
         context: what the context is shortened to, in tokens, where the model's own does not fit; None where it does.
@@ -67,6 +68,7 @@ class Plan:
     low_bit: str | None
     low_bit_head: str | None = None
     low_bit_outer: str | None = None
+    upstream_kernels: bool = False
     rank_cores: tuple[tuple[int, ...], ...]
     kv_cache_bytes: int
     use_compile: bool

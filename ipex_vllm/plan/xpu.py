@@ -97,6 +97,7 @@ def choose(
         low_bit=options.low_bit,
         low_bit_head=options.low_bit_head,
         low_bit_outer=options.low_bit_outer,
+        upstream_kernels=options.upstream_kernels,
         rank_cores=(tuple(cpu.id for cpu in gpus.machine.cpus),) * num_ranks,
         kv_cache_bytes=kv_cache_bytes,
         is_kv_cache_estimated=options.kv_cache_gib is None,

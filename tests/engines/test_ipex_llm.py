@@ -28,6 +28,11 @@ def test_a_head_of_its_own_format_is_refused() -> None:
         IpexLlmEngine.check(options, argparse.Namespace(model=None))
 
 
+def test_there_are_no_other_kernels_to_choose() -> None:
+    with pytest.raises(OptionError, match="--upstream-kernels: a choice of the default engine"):
+        IpexLlmEngine.check(WorkerOptions(upstream_kernels=True), argparse.Namespace(model=None))
+
+
 def test_without_ipex_llm_one_line_names_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(EngineError, match="make env-ipex-llm"):

@@ -1,12 +1,14 @@
 """What vLLM's engine makes of our options before vLLM starts."""
 
 import argparse
+from typing import Any
 
 import pytest
 
 from ipex_vllm.demo import resolve_model_path
 from ipex_vllm.engines.vllm import VllmEngine, apply_low_bit
 from ipex_vllm.errors import OptionError
+from ipex_vllm.low_bit import quantization_line
 from ipex_vllm.machine.facts import MachineFacts
 from ipex_vllm.machine.model import ModelFacts
 from ipex_vllm.options import WorkerOptions
@@ -14,7 +16,7 @@ from ipex_vllm.plan import cpu
 from ipex_vllm.plan.plan import Demands
 
 
-def low_bit_arguments(*flags: str, **options: str) -> argparse.Namespace:
+def low_bit_arguments(*flags: str, **options: Any) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     VllmEngine.add_arguments(parser)
     args = parser.parse_args(flags)
@@ -29,6 +31,27 @@ def test_the_heads_format_goes_to_vllm_beside_what_the_user_tells_its_plugins() 
     assert args.quantization == "ipex_sym_int4"
     assert args.additional_config == {"a": 1, "ipex_vllm_head": "none"}
     assert low_bit_arguments(low_bit="sym_int4").additional_config == {}
+
+
+def test_quantized_checkpoints_may_be_left_to_upstreams_kernels() -> None:
+    assert low_bit_arguments(upstream_kernels=True).additional_config == {"ipex_vllm_upstream_kernels": True}
+    assert low_bit_arguments().additional_config == {}
+
+
+@pytest.mark.parametrize(
+    ("method", "upstream_kernels", "line"),
+    [
+        (None, False, None),
+        ("ipex_sym_int4", False, None),
+        ("auto_gptq", False, "quantization: auto_gptq, by our kernels where they take it"),
+        ("auto_awq", True, "quantization: auto_awq, left to vLLM's own kernels"),
+    ],
+)
+def test_one_line_says_whose_kernels_compute_a_quantized_checkpoint(
+    method: str | None, upstream_kernels: bool, line: str | None
+) -> None:
+    found = quantization_line(method, upstream_kernels)
+    assert found == line or str(found).startswith(str(line))
 
 
 def test_a_head_beside_weights_that_stay_is_refused_in_one_line() -> None:

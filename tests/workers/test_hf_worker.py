@@ -478,6 +478,7 @@ def test_the_thread_computes_on_the_plans_cores_only() -> None:
         ({"ipex": True, "device": "xpu"}, "--ipex: on --device cpu only, not on xpu"),
         ({"compile": True}, "--compile: Transformers runs the model eagerly here"),
         ({"low_bit": "sym_int99"}, "--low-bit: low-bit format 'sym_int99' is unknown; use one of sym_int4"),
+        ({"upstream_kernels": True}, "--upstream-kernels: vLLM's engine has them"),
         ({"low_bit": "sym_int4", "low_bit_head": "int3"}, "--low-bit: low-bit format 'int3' is unknown"),
         ({"max_model_len": 4096}, "--max-model-len 4096: the model has a context of 2048 tokens"),
     ],

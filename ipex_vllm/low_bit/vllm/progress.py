@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from tqdm import tqdm
+from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
@@ -67,3 +68,29 @@ class Progress:
     def report_kernels(self, layers: Sequence[LowBitLinear | LowBitExperts]) -> None:
         for line in summarize(layers):
             logger.info("%s", line)
+
+
+class CheckpointProgress(Progress):
+    """For a checkpoint that another tool has quantized: its end also says how to leave that to vLLM's own kernels."""
+
+    latest: ClassVar[CheckpointProgress | None] = None
+
+    @classmethod
+    def of_the_model(cls) -> CheckpointProgress:
+        """That of the model being built."""
+        config = get_current_vllm_config_or_none()
+        if cls.latest is None or cls.latest.config is not config:
+            cls.latest = cls(config)
+        return cls.latest
+
+    def __init__(self, config: object) -> None:
+        super().__init__("quantized layers")
+        self.config = config
+
+    def report_kernels(self, layers: Sequence[LowBitLinear | LowBitExperts]) -> None:
+        super().report_kernels(layers)
+        rounds = any(layer.format.kind == "integer" for layer in layers)
+        activations = ", times activations rounded to 8 bits in groups of inputs" if rounds else ""
+        logger.info(
+            "these are the checkpoint's own codes%s; --upstream-kernels leaves it to vLLM's own kernels", activations
+        )

@@ -7,6 +7,7 @@ from vllm.model_executor.model_loader import register_model_loader
 
 from ipex_vllm.low_bit.readers import FORMATS_OF_FILES, gguf
 from ipex_vllm.low_bit.vllm import upstream
+from ipex_vllm.low_bit.vllm.checkpoints import register_checkpoints
 from ipex_vllm.low_bit.vllm.config import CONFIGS
 from ipex_vllm.low_bit.vllm.gguf import GgufConfig
 from ipex_vllm.low_bit.vllm.loader import FilesLoader
@@ -18,5 +19,6 @@ def register() -> None:
     for config_class in CONFIGS:
         register_quantization_config(config_class.get_name())(config_class)
     register_quantization_config(gguf.METHOD)(GgufConfig)
+    register_checkpoints()
     for load_format in FORMATS_OF_FILES:
         register_model_loader(load_format)(FilesLoader)

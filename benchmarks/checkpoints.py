@@ -1,0 +1,270 @@
+"""Write a model directory's linear layers as AWQ, GPTQ, AutoRound, compressed-tensors and fp8 checkpoints store them.
+
+    python -m benchmarks.checkpoints --model-path DIR --layout awq --out OUT
+
+Weights are rounded to the nearest, without calibration: for tests, and for benchmarks of speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ipex_vllm.low_bit.quantize import pack_nibbles
+from ipex_vllm.low_bit.readers.ours import read
+
+# What the tools leave as it is, beside all that is no matrix.
+KEPT = re.compile(r"(^|\.)(lm_head|embed_tokens|gate|router|shared_expert_gate)\.weight$")
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the outputs in the nibbles of a word, from the lowest
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight as (codes - zeros) * scales: codes uint8 [out, in], scales float16 and zeros uint8 [out, groups].
+
+    The i-th input belongs to the group `groups[i]`.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    groups: torch.Tensor
+
+    def values(self) -> torch.Tensor:
+        """The weight, float32 [out, in]."""
+        return (self.codes.float() - self.zeros.float()[:, self.groups]) * self.scales.float()[:, self.groups]
+
+
+# What a tool makes of a weight [out, in] and a group size: its tensors, by the ends of their names, and what they stand
+# for, float32 [out, in].
+Store = Callable[[torch.Tensor, int], tuple[dict[str, torch.Tensor], torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A tool's way of storing weights, the `quantization_config` that says so, and our format of the same codes."""
+
+    format: str
+    store: Store
+    config: Callable[[int], dict[str, Any]]
+
+
+def awq_tensors(rounded: Rounded) -> dict[str, torch.Tensor]:
+    return {
+        "qweight": pack_nibbles(rounded.codes.t(), AWQ_ORDER),
+        "qzeros": pack_nibbles(rounded.zeros.t(), AWQ_ORDER),
+        "scales": rounded.scales.t(),
+    }
+
+
+def gptq_tensors(zero_offset: int) -> Callable[[Rounded], dict[str, torch.Tensor]]:
+    """GPTQ's first version stores zero points less one (offset 1), its second as they are (0)."""
+
+    def tensors(rounded: Rounded) -> dict[str, torch.Tensor]:
+        return {
+            "qweight": pack_nibbles(rounded.codes).t(),
+            "qzeros": pack_nibbles(((rounded.zeros - zero_offset) & 15).t()),
+            "scales": rounded.scales.t(),
+            "g_idx": rounded.groups.int(),
+        }
+
+    return tensors
+
+
+def without_order(rounded: Rounded) -> dict[str, torch.Tensor]:
+    """As AutoRound: the first version of GPTQ's."""
+    tensors = gptq_tensors(1)(rounded)
+    del tensors["g_idx"]
+    return tensors
+
+
+def compressed_tensors(rounded: Rounded) -> dict[str, torch.Tensor]:
+    from compressed_tensors.compressors.pack_quantized.helpers import (  # type: ignore[import-untyped]
+        pack_to_int32,
+    )
+
+    def signed(codes: torch.Tensor) -> torch.Tensor:
+        return (codes.to(torch.int16) - 8).to(torch.int8)
+
+    tensors = {
+        "weight_packed": pack_to_int32(signed(rounded.codes), 4),
+        "weight_scale": rounded.scales,
+        "weight_shape": torch.tensor(rounded.codes.shape),
+    }
+    if bool((rounded.zeros != 8).any()):
+        tensors["weight_zero_point"] = pack_to_int32(signed(rounded.zeros), 4, packed_dim=0)
+    return tensors
+
+
+def gptq_config(
+    is_symmetric: bool, is_reordered: bool = False, version: str = "gptq"
+) -> Callable[[int], dict[str, Any]]:
+    common = {"quant_method": "gptq", "bits": 4, "sym": is_symmetric, "desc_act": is_reordered}
+    return lambda group_size: {**common, "group_size": group_size, "checkpoint_format": version}
+
+
+def awq_config(group_size: int) -> dict[str, Any]:
+    return {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True, "version": "gemm"}
+
+
+def auto_round_config(group_size: int) -> dict[str, Any]:
+    packing = {"packing_format": "auto_round:auto_gptq", "data_type": "int", "autoround_version": "0.9.2"}
+    return {"quant_method": "auto-round", "bits": 4, "group_size": group_size, "sym": True, **packing}
+
+
+def compressed_config(is_symmetric: bool) -> Callable[[int], dict[str, Any]]:
+    def config(group_size: int) -> dict[str, Any]:
+        weights = {"num_bits": 4, "type": "int", "symmetric": is_symmetric, "strategy": "group"}
+        group = {"targets": ["Linear"], "weights": {**weights, "group_size": group_size}}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": ["lm_head", "re:.*mlp.gate$"],
+        }
+
+    return config
+
+
+def round_weight(weight: torch.Tensor, group_size: int, is_symmetric: bool, is_reordered: bool = False) -> Rounded:
+    """Round to the nearest; `is_reordered` makes the groups of inputs that do not lie side by side."""
+    outputs, inputs = weight.shape
+    order = torch.arange(inputs)
+    if is_reordered:  # the same for all layers of so many inputs, among them those that are computed as one
+        order = torch.randperm(inputs, generator=torch.Generator().manual_seed(inputs))
+    grouped = weight.float()[:, order].view(outputs, -1, group_size)
+    if is_symmetric:
+        scales = (grouped.abs().amax(2) / 7.5).half()
+        zeros = torch.full(scales.shape, 8, dtype=torch.uint8)
+    else:
+        low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
+        scales = ((high - low) / 15).half()
+        zeros = (-low / scales.float().clamp(min=1e-8)).round().clamp(0, 15).to(torch.uint8)
+    steps = grouped / scales.float().clamp(min=1e-8).unsqueeze(2) + zeros.unsqueeze(2)
+    codes = torch.empty(outputs, inputs, dtype=torch.uint8)
+    codes[:, order] = steps.round().clamp(0, 15).to(torch.uint8).flatten(1)
+    groups = torch.empty(inputs, dtype=torch.long)
+    groups[order] = torch.arange(inputs) // group_size
+    return Rounded(codes, scales, zeros, groups)
+
+
+def integers(
+    tensors: Callable[[Rounded], dict[str, torch.Tensor]], is_symmetric: bool, is_reordered: bool = False
+) -> Store:
+    """Round to 4 bits, and store that as `tensors` does."""
+
+    def store(weight: torch.Tensor, group_size: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        rounded = round_weight(weight, group_size, is_symmetric, is_reordered)
+        return tensors(rounded), rounded.values()
+
+    return store
+
+
+def fp8(rows: int, scale_name: str) -> Store:
+    """Round to 8-bit floats in blocks of `rows` x the group size; 0 rows are one, and all of its inputs."""
+
+    def store(weight: torch.Tensor, group_size: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        outputs, inputs = weight.shape
+        height, width = (rows, group_size) if rows else (1, inputs)
+        padded = torch.nn.functional.pad(weight.float(), (0, -inputs % width, 0, -outputs % height))
+        blocks = padded.view(padded.shape[0] // height, height, padded.shape[1] // width, width)
+        scales = blocks.abs().amax((1, 3)).clamp(min=1e-12) / 448
+
+        def spread(scales: torch.Tensor) -> torch.Tensor:
+            whole = scales.repeat_interleave(height, 0).repeat_interleave(width, 1)
+            return whole[:outputs, :inputs]
+
+        codes = (weight.float() / spread(scales)).to(torch.float8_e4m3fn)
+        return {"weight": codes, scale_name: scales}, codes.float() * spread(scales)
+
+    return store
+
+
+def fp8_config(group_size: int) -> dict[str, Any]:
+    return {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [group_size, group_size]}
+
+
+def compressed_fp8_config(_: int) -> dict[str, Any]:
+    common = {"num_bits": 8, "type": "float", "symmetric": True}
+    weights = {**common, "strategy": "channel", "dynamic": False}
+    activations = {**common, "strategy": "token", "dynamic": True}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+
+
+SYMMETRIC, ASYMMETRIC = "sym_int4", "asym_int4"
+LAYOUTS = {
+    "awq": Layout(ASYMMETRIC, integers(awq_tensors, False), awq_config),
+    "gptq": Layout(SYMMETRIC, integers(gptq_tensors(1), True), gptq_config(True)),
+    "gptq-asym": Layout(ASYMMETRIC, integers(gptq_tensors(1), False), gptq_config(False)),
+    "gptq-v2": Layout(ASYMMETRIC, integers(gptq_tensors(0), False), gptq_config(False, version="gptq_v2")),
+    "gptq-act-order": Layout(SYMMETRIC, integers(gptq_tensors(1), True, True), gptq_config(True, True)),
+    "auto-round": Layout(SYMMETRIC, integers(without_order, True), auto_round_config),
+    "compressed-tensors": Layout(SYMMETRIC, integers(compressed_tensors, True), compressed_config(True)),
+    "compressed-tensors-asym": Layout(ASYMMETRIC, integers(compressed_tensors, False), compressed_config(False)),
+    "fp8-blocks": Layout("fp8_e4m3", fp8(128, "weight_scale_inv"), fp8_config),
+    "fp8-channels": Layout("fp8_e4m3", fp8(0, "weight_scale"), compressed_fp8_config),
+}
+
+
+def write(source: Path, out: Path, layout: Layout, group_size: int = 128, values: Path | None = None) -> None:
+    """Write the model directory `source` to the new directory `out`, and to `values` what its tensors stand for.
+
+    That is in float32, for Transformers to read. What is not rounded is in float16.
+    """
+    stored: dict[str, torch.Tensor] = {}
+    meant: dict[str, torch.Tensor] = {}
+    for name, tensor in read(source):
+        if tensor.dim() != 2 or KEPT.search(name) or not name.endswith(".weight"):
+            stored[name] = tensor.half()
+            meant[name] = stored[name].float()
+            continue
+        parts, value = layout.store(tensor, group_size)
+        for end, part in parts.items():
+            stored[f"{name.removesuffix('.weight')}.{end}"] = part.contiguous()
+        if values is not None:
+            meant[name] = value
+    write_directory(source, out, stored, {"dtype": "float16", "quantization_config": layout.config(group_size)})
+    if values is not None:
+        write_directory(source, values, meant, {"dtype": "float32"})
+
+
+def write_directory(source: Path, out: Path, tensors: dict[str, torch.Tensor], changes: dict[str, Any]) -> None:
+    out.mkdir(parents=True)
+    for file in source.iterdir():
+        if file.is_file() and ".safetensors" not in file.name:
+            shutil.copy(file, out)
+    config = json.loads((source / "config.json").read_text()) | changes
+    (out / "config.json").write_text(json.dumps(config, indent=2))
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write a checkpoint in the layout of another tool.")
+    parser.add_argument("--model-path", type=Path, required=True, help="a directory in full precision")
+    parser.add_argument("--layout", choices=LAYOUTS, required=True)
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--out", type=Path, required=True, help="the new directory")
+    args = parser.parse_args()
+    write(args.model_path, args.out, LAYOUTS[args.layout], args.group_size)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()

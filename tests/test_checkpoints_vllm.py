@@ -1,0 +1,121 @@
+"""Checkpoints in other tools' layouts inside upstream vLLM, against Transformers with what their codes stand for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from benchmarks.checkpoints import LAYOUTS, write
+from ipex_vllm.low_bit import UPSTREAM_KERNELS
+from tests.low_bit_logprobs import PROMPT
+from tests.test_low_bit_vllm import Result, run_vllm
+
+SHAPE = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+    "initializer_range": 0.1,
+    "tie_word_embeddings": False,
+}
+MIXTURE = {"moe_intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2, "head_dim": 32}
+# The group sizes are those of our kernel, and one twice as large as the largest.
+GROUP_SIZES = {"awq": 64, "gptq-act-order": 32, "gptq": 128, "compressed-tensors": 32}
+DENSE = [name for name, layout in LAYOUTS.items() if layout.format != "fp8_e4m3"]
+EXPERTS = ["awq", "gptq", "gptq-v2", "compressed-tensors-asym"]
+# Two layers of four merged projections.
+LINEARS = 8
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, torch.Tensor]]:
+    """For each layout, of a dense model and of a mixture, the directory and the prompt's log-probabilities."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    dense, mixture = LlamaForCausalLM(LlamaConfig(**SHAPE)), Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **MIXTURE))
+    found = {}
+    for model, source, names in ((dense, "dense", DENSE), (mixture, "experts", EXPERTS)):
+        model.save_pretrained(folder / source)
+        for name in names:
+            out, values = folder / f"{source} {name}", folder / f"{source} {name} in float32"
+            group_size = 32 if model is mixture else GROUP_SIZES.get(name, 64)
+            write(folder / source, out, LAYOUTS[name], group_size, values)
+            meant: PreTrainedModel = AutoModelForCausalLM.from_pretrained(values, dtype=torch.float32)
+            with torch.inference_mode():
+                logprobs = meant.eval()(torch.tensor([PROMPT])).logits[0].log_softmax(-1)
+            found[out.name] = out, logprobs[range(len(PROMPT) - 1), PROMPT[1:]]
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(
+    models: dict[str, tuple[Path, torch.Tensor]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Result]:
+    def arguments_of(name: str, **others: object) -> dict[str, object]:
+        return {"model": str(models[name][0]), "dtype": "float32", **others}
+
+    upstream = {"additional_config": {UPSTREAM_KERNELS: True}}
+    arguments = {name: arguments_of(name, exact=True) for name in models if name.startswith("dense")}
+    arguments |= {name: arguments_of(name) for name in models if name.startswith("experts")}
+    arguments |= {
+        "dense awq, served": arguments_of("dense awq", dtype="bfloat16"),
+        "dense gptq-act-order, compiled": arguments_of("dense gptq-act-order", enforce_eager=False),
+        "dense awq, upstream": arguments_of("dense awq", dtype="bfloat16", **upstream),
+        "dense gptq-asym, upstream": arguments_of("dense gptq-asym", dtype="bfloat16", **upstream),
+    }
+    return run_vllm(arguments, tmp_path_factory.mktemp("vllm"))
+
+
+@pytest.mark.parametrize("layout", DENSE)
+def test_the_codes_stand_for_what_the_tool_meant(
+    layout: str, models: dict[str, tuple[Path, torch.Tensor]], results: dict[str, Result]
+) -> None:
+    """Without rounding activations. What is left is the float16 of a scale times its zero point, where there is one."""
+    run, (_, wanted) = results[f"dense {layout}"], models[f"dense {layout}"]
+    assert (run.logprobs - wanted).abs().max() < (0.02 if LAYOUTS[layout].format == "asym_int4" else 1e-3)
+    assert (run.logprobs - wanted).abs().mean() < 0.004
+    assert f"{LAYOUTS[layout].format}: {LINEARS} layers use the kernel dequantize" in run.log
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        "dense awq, served",
+        "dense gptq-act-order, compiled",
+        *(f"experts {layout}" for layout in EXPERTS),
+    ],
+)
+def test_with_8_bit_activations_the_rest_is_the_same(
+    run: str, models: dict[str, tuple[Path, torch.Tensor]], results: dict[str, Result]
+) -> None:
+    _, wanted = models[run.partition(",")[0]]
+    assert (results[run].logprobs - wanted).abs().mean() < 0.06
+    kernel = "experts" if run.startswith("experts") else "w4a8"
+    assert f"layers use the kernel {kernel}" in results[run].log
+    assert "activations rounded to 8 bits" in results[run].log
+
+
+def test_the_user_may_leave_them_to_upstream_which_reads_the_same(
+    models: dict[str, tuple[Path, torch.Tensor]], results: dict[str, Result]
+) -> None:
+    run, (_, wanted) = results["dense awq, upstream"], models["dense awq"]
+    assert (run.logprobs - wanted).abs().mean() < 0.06
+    assert "layers use the kernel" not in run.log
+
+
+def test_what_nobody_else_computes_says_so(results: dict[str, Result]) -> None:
+    assert "GPTQ with zero points is computed by ipex_vllm's kernel alone, and --upstream-kernels asks for" in str(
+        results["dense gptq-asym, upstream"].value
+    )
