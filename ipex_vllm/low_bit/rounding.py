@@ -193,7 +193,7 @@ def nearest_float8(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _table(groups: Tensor, importance: Tensor | None, *, values: tuple[float, ...], search: bool) -> Encoded:
-    levels = torch.tensor(values, device=groups.device)
+    levels = torch.tensor(values, dtype=torch.float32, device=groups.device)
     midpoints = (levels[1:] + levels[:-1]) / 2
     scales = groups.abs().amax(-1, keepdim=True) / levels[-1]
 
