@@ -30,10 +30,13 @@ SHAPE = {
     "initializer_range": 0.1,
     "tie_word_embeddings": False,
 }
+# Its merged projections are made of whole blocks.
+WIDE = {**SHAPE, "hidden_size": 256, "intermediate_size": 384}
 MIXTURE = {"moe_intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2, "head_dim": 32}
 # The group sizes are those of our kernel, and one twice as large as the largest.
-GROUP_SIZES = {"awq": 64, "gptq-act-order": 32, "gptq": 128, "compressed-tensors": 32}
+GROUP_SIZES = {"fp8-blocks": 128, "awq": 64, "gptq-act-order": 32, "gptq": 128, "compressed-tensors": 32}
 DENSE = [name for name, layout in LAYOUTS.items() if layout.format != "fp8_e4m3"]
+FP8 = [name for name in LAYOUTS if name not in DENSE]
 EXPERTS = ["awq", "gptq", "gptq-v2", "compressed-tensors-asym"]
 # Two layers of four merged projections.
 LINEARS = 8
@@ -46,7 +49,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, to
     torch.manual_seed(0)
     dense, mixture = LlamaForCausalLM(LlamaConfig(**SHAPE)), Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **MIXTURE))
     found = {}
-    for model, source, names in ((dense, "dense", DENSE), (mixture, "experts", EXPERTS)):
+    wide = LlamaForCausalLM(LlamaConfig(**WIDE))
+    for model, source, names in ((dense, "dense", DENSE), (mixture, "experts", EXPERTS), (wide, "wide", FP8)):
         model.save_pretrained(folder / source)
         for name in names:
             out, values = folder / f"{source} {name}", folder / f"{source} {name} in float32"
@@ -69,6 +73,8 @@ def results(
     upstream = {"additional_config": {UPSTREAM_KERNELS: True}}
     arguments = {name: arguments_of(name, exact=True) for name in models if name.startswith("dense")}
     arguments |= {name: arguments_of(name) for name in models if name.startswith("experts")}
+    # On a CPU with AMX vLLM has a kernel for blocks, but not in float16.
+    arguments |= {name: arguments_of(name, dtype="float16") for name in models if name.startswith("wide")}
     arguments |= {
         "dense awq, served": arguments_of("dense awq", dtype="bfloat16"),
         "dense gptq-act-order, compiled": arguments_of("dense gptq-act-order", enforce_eager=False),
@@ -105,6 +111,15 @@ def test_with_8_bit_activations_the_rest_is_the_same(
     kernel = "experts" if run.startswith("experts") else "w4a8"
     assert f"layers use the kernel {kernel}" in results[run].log
     assert "activations rounded to 8 bits" in results[run].log
+
+
+@pytest.mark.parametrize("layout", FP8)
+def test_8_bit_floats_are_multiplied_by_activations_as_they_are(
+    layout: str, models: dict[str, tuple[Path, torch.Tensor]], results: dict[str, Result]
+) -> None:
+    run, (_, wanted) = results[f"wide {layout}"], models[f"wide {layout}"]
+    assert (run.logprobs - wanted).abs().mean() < 0.01
+    assert f"fp8_e4m3: {LINEARS} layers use the kernel w8a16" in run.log
 
 
 def test_the_user_may_leave_them_to_upstream_which_reads_the_same(

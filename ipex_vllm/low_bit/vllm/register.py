@@ -9,6 +9,7 @@ from ipex_vllm.low_bit.readers import FORMATS_OF_FILES, gguf
 from ipex_vllm.low_bit.vllm import upstream
 from ipex_vllm.low_bit.vllm.checkpoints import register_checkpoints
 from ipex_vllm.low_bit.vllm.config import CONFIGS
+from ipex_vllm.low_bit.vllm.fp8_kernels import register_fp8_kernels
 from ipex_vllm.low_bit.vllm.gguf import GgufConfig
 from ipex_vllm.low_bit.vllm.loader import FilesLoader
 
@@ -20,5 +21,6 @@ def register() -> None:
         register_quantization_config(config_class.get_name())(config_class)
     register_quantization_config(gguf.METHOD)(GgufConfig)
     register_checkpoints()
+    register_fp8_kernels()
     for load_format in FORMATS_OF_FILES:
         register_model_loader(load_format)(FilesLoader)
