@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.accuracy import checkpoints, peers
+from benchmarks.accuracy import peers
 from benchmarks.accuracy.real_model import write_checkpoint
 from benchmarks.accuracy.score import Reference, Score, question_windows, score_transformers, text_windows
 from benchmarks.accuracy.vllm_logits import score_vllm
-from benchmarks.checkpoints import LAYOUTS
 from ipex_vllm.demo import resolve_model_path
 from ipex_vllm.low_bit import importance, vllm_arguments
 from ipex_vllm.low_bit.formats import FORMATS, Format, resolve
@@ -107,7 +106,6 @@ def main() -> None:
     parser.add_argument("--parts", action="store_true", help="tell what weights, head and activations cost")
     parser.add_argument("--windows", type=int, default=12, help="of 512 tokens; of 64 for the demo model")
     parser.add_argument("--peers", nargs="*", default=[], choices=peers.PEERS, help="other engines to measure")
-    parser.add_argument("--checkpoints", nargs="*", default=[], choices=LAYOUTS, help="layouts of others to measure")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
 
@@ -134,9 +132,6 @@ def main() -> None:
             for peer in options.peers:
                 for what, score in peers.scores(peer, path, folder):
                     add(name, what, peer, score)
-            for layout in options.checkpoints:
-                for what, score in checkpoints.scores(path, layout, reference.windows):
-                    add(name, layout, what, score)
     print(json.dumps({"rows": rows}))
 
 

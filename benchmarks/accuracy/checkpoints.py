@@ -1,7 +1,14 @@
-"""Checkpoints in other tools' layouts: what computing them costs, against the same codes in float32 on Transformers."""
+"""Checkpoints in other tools' layouts: what computing them costs, against the same codes in float32 on Transformers.
+
+    python -m benchmarks.accuracy.checkpoints awq gptq
+
+Prints a line a measurement and, as the last line of its output, all of them as JSON.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.accuracy.__main__ import model_path, windows_of
 from benchmarks.accuracy.score import Reference, Score
 from benchmarks.accuracy.vllm_logits import score_vllm
 from benchmarks.checkpoints import LAYOUTS, write
@@ -39,3 +47,23 @@ def scores(path: str, layout: str, windows: torch.Tensor) -> Iterator[tuple[str,
         for way, (arguments, environ) in WAYS.items():
             arguments = {"model": str(checkpoint), "dtype": "bfloat16", **arguments}
             yield way, score_vllm(folder, arguments, environ=environ)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("layouts", nargs="+", choices=LAYOUTS)
+    parser.add_argument("--model", default="smollm2", help="smollm2, or a directory in full precision")
+    parser.add_argument("--windows", type=int, default=12, help="of 512 tokens")
+    options = parser.parse_args()
+    path, rows = model_path(options.model), []
+    windows = windows_of(options.model, path, options.windows)
+    for layout in options.layouts:
+        for way, score in scores(path, layout, windows):
+            row = {"layout": layout, "way": way, **score.row()}
+            rows.append(row)
+            print(*(f"{name} {value:.4f}" if isinstance(value, float) else value for name, value in row.items()))
+    print(json.dumps({"rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
