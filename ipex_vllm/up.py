@@ -118,7 +118,8 @@ def make_services(options: UpOptions, workers: Sequence[dict[str, Any]]) -> list
                 "worker",
                 [python, "-m", module, "--port", str(port), *arguments],
                 port,
-                partial(gets_ok, f"{url}/ready", own.get("api-token")),
+                # A further host of a model has no clients, and waits for the others.
+                started if int(own.get("node-rank", 0)) else partial(gets_ok, f"{url}/ready", own.get("api-token")),
                 host=str(own["host"]),
                 death_signal=signal.SIGTERM,  # it ends its engine's processes
                 # The controller asks every worker, and forgets those that do not answer.
@@ -150,6 +151,10 @@ def make_services(options: UpOptions, workers: Sequence[dict[str, Any]]) -> list
             )
         )
     return [service for service in services if options.only in (None, service.role)]
+
+
+async def started() -> bool:
+    return True
 
 
 async def posts_ok(url: str) -> bool:

@@ -77,6 +77,17 @@ class Program:
         root = psutil.Process(self.process.pid)
         return [root, *root.children(recursive=True)]
 
+    def listening_at(self) -> set[str]:
+        """The addresses on which the tree accepts connections; some port of one at least."""
+        found = {
+            connection.laddr.ip
+            for process in self.tree()
+            for connection in process.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN
+        }
+        assert found
+        return found
+
     def wait_for_output(self, text: str) -> None:
         self.wait_until(lambda: text in self.output, f"output {text!r}")
 

@@ -3,11 +3,14 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from torch.distributed import Store
 from torchvision.extension import _has_ops
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
@@ -19,6 +22,7 @@ from ipex_vllm.low_bit.vllm import upstream
 from ipex_vllm.low_bit.vllm.config import CONFIGS
 from ipex_vllm.low_bit.vllm.linear import EmbeddingMethod
 from ipex_vllm.low_bit.vllm.progress import Progress
+from tests.support import free_port
 
 NUM_TOKENS, NUM_HEADS, HEAD_SIZE = 5, 4, 32
 
@@ -157,3 +161,18 @@ def test_vllms_cpu_library_still_has_no_state_space_operator_of_the_first_kind()
     import vllm._custom_ops  # noqa: F401
 
     assert not hasattr(torch.ops._C, "selective_scan_fwd")
+
+
+def listening_addresses(make: Callable[..., Store]) -> set[str]:
+    """Where the store of a group listens that `make` has made for 127.0.0.1."""
+    port = free_port()
+    store = make("127.0.0.1", port, 0, 1, timedelta(seconds=30))
+    store.set("key", "value")
+    connections = psutil.Process().net_connections("tcp")
+    return {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN and c.laddr.port == port}
+
+
+def test_the_store_of_several_hosts_listens_where_it_is_told() -> None:
+    upstream.mend()
+    assert listening_addresses(upstream.rendezvous._create_c10d_store) == {"127.0.0.1"}
+    assert listening_addresses(upstream.make_store) == {"::"}, "upstream's still listens on all addresses"

@@ -18,10 +18,9 @@ from typing import Any, NoReturn
 
 from starlette.types import ASGIApp
 
-from ipex_vllm.engines import vllm_openai
+from ipex_vllm.engines import group, vllm_openai
 from ipex_vllm.engines.engine import Engine
 from ipex_vllm.engines.generation import ContextOverflow, Delta, Generation, InvalidParameter, RequestError
-from ipex_vllm.engines.group import until_gone
 from ipex_vllm.engines.tokenization import PromptEncoder
 from ipex_vllm.engines.vllm_devices import DEVICES, bound_threads
 from ipex_vllm.engines.vllm_failure import told_in_one_line
@@ -63,6 +62,7 @@ class VllmEngine(Engine):
         self._tasks: tuple[str, ...] = ()  # what the model is for, in vLLM's words
         self._models: Any = None  # of vLLM's application, which loads adapters
         self._statistics: asyncio.Task[None] | None = None
+        self._group = join_group(args) if args.nnodes > 1 else None
         self._encoder = PromptEncoder(self.tokenizer, self.context_length)
 
     @classmethod
@@ -139,6 +139,8 @@ class VllmEngine(Engine):
             check_weights(Path(plan.model_path))
         with told_in_one_line(Path(plan.model_path)):
             engine_args = AsyncEngineArgs.from_cli_args(args)
+            if args.nnodes > 1:
+                group.choose_interface(args.master_addr)
             if args.node_rank > 0:
                 follow(engine_args)
             config = engine_args.create_engine_config(UsageContext.ENGINE_CONTEXT)
@@ -224,6 +226,8 @@ class VllmEngine(Engine):
 
     async def wait_dead(self) -> str:
         while not self._llm.errored:
+            if self._group is not None and (loss := self._group.loss()) is not None:
+                return loss
             await asyncio.sleep(HEALTH_INTERVAL_S)
         return "the vLLM engine process died; its own log lines above say why"
 
@@ -249,25 +253,24 @@ def check_weights(model: Path) -> None:
 
 
 def follow(engine_args: Any) -> NoReturn:
-    """Compute for the worker with --node-rank 0, which has clients and scheduler, until a signal or a process' end.
-
-    This host's own processes do not notice the end of host 0: they wait for what it sends them.
-    """
+    """Compute for the worker with --node-rank 0, which has clients and scheduler, until a signal or an end."""
     from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
     executor = MultiprocExecutor(engine_args.create_engine_config(headless=True), monitor_workers=False)
     logger.info("ready: host %d of %d, for %s", engine_args.node_rank, engine_args.nnodes, engine_args.master_addr)
-    ended = threading.Event()
-
-    def monitor() -> None:
-        executor.start_worker_monitor(inline=True)
-        ended.set()
-
-    threading.Thread(target=monitor, daemon=True).start()
-    if until_gone(engine_args.master_addr, engine_args.master_port, ended):
-        executor.shutdown()
-        raise EngineError(f"host 0, {engine_args.master_addr}, has ended or cannot be reached; start both again")
+    hosts = join_group(engine_args)
+    own = threading.Thread(target=executor.start_worker_monitor, kwargs={"inline": True}, daemon=True)
+    own.start()
+    while own.is_alive():
+        if (loss := hosts.loss()) is not None:
+            executor.shutdown()
+            raise EngineError(loss)
+        own.join(HEALTH_INTERVAL_S)
     raise EngineError("a process of this host has ended; its own log lines above say why")
+
+
+def join_group(args: Any) -> group.Group:
+    return group.join(args.master_addr, args.master_port, args.node_rank, args.nnodes)
 
 
 def apply_low_bit(args: argparse.Namespace, plan: Plan) -> None:

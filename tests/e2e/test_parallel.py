@@ -32,6 +32,7 @@ def test_two_processes_say_what_one_says(tmp_path: Path, alone: list[str]) -> No
     with worker(tmp_path / "two", *MODEL, "--tensor-parallel-size", "2") as running:
         ranks = [process for process in running.tree() if "VLLM::Worker" in " ".join(process.cmdline())]
         assert len(ranks) == 2
+        assert running.listening_at() == {"127.0.0.1"}
         assert greedy(running) == alone
         assert running.stop() == 0
 
@@ -47,6 +48,7 @@ def test_two_hosts_say_what_one_says(tmp_path: Path, alone: list[str]) -> None:
             assert greedy(running) == alone
             for program in (follower, running):
                 assert sum("VLLM::Worker" in " ".join(process.cmdline()) for process in program.tree()) == 1
+                assert program.listening_at() == {"127.0.0.1"}
             assert running.stop() == 0
         # Where the first one is gone, the second ends as well.
         assert follower.process.wait(60) == 1

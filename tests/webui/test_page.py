@@ -51,6 +51,10 @@ def test_page_needs_no_outside_network_and_lists_the_model(open_page: OpenPage, 
     "make env-webui",
     ".venv/bin/python -m ipex_vllm.webui --controller-url http://127.0.0.1:21001",
 )
+def test_every_listening_socket_is_on_loopback(webui: Server, demo_worker: Server, controller: Server) -> None:
+    assert [server.listening_at() for server in (webui, demo_worker, controller)] == [{"127.0.0.1"}] * 3
+
+
 def test_answer_is_right_and_follows_up(open_page: OpenPage, demo_worker: Server) -> None:
     chat = open_page(model="demo")
     chat.set_parameter("Temperature", 0)

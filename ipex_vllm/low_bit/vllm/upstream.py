@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
+import socket
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.fused_moe.router import cpu_router
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
@@ -19,11 +23,14 @@ from ipex_vllm.low_bit.vllm.config import LowBitConfig
 rotate = RotaryEmbedding.forward_cpu
 route = cpu_router.CPURouter._compute_routing
 make_embedding = VocabParallelEmbedding.__init__
+rendezvous: Any = importlib.import_module("torch.distributed.rendezvous")  # the package gives a function that name
+make_store = rendezvous._create_c10d_store
 
 
 def mend() -> None:
     """Mend all of them; a second call changes nothing."""
     load_compiled()
+    rendezvous._create_c10d_store = create_store
     VocabParallelEmbedding.__init__ = make_embedding_with_config
     if current_platform.is_cpu():
         allow_amx()
@@ -39,6 +46,29 @@ def allow_amx() -> None:
     """
     if torch.cpu._is_amx_tile_supported():
         torch.cpu._init_amx()
+
+
+def create_store(
+    hostname: str, port: int, rank: int, world_size: int, timeout: timedelta, use_libuv: bool = True
+) -> Store:
+    """The store by which several hosts find together, listening at its address alone.
+
+    PyTorch 2.13 listens on every address of host 0, and whoever reaches the store can write into it.
+    """
+    if rank > 0:
+        store: Store = make_store(hostname, port, rank, world_size, timeout, use_libuv)
+        return store
+    family, _, _, _, address = socket.getaddrinfo(hostname, port, type=socket.SOCK_STREAM)[0]
+    return TCPStore(
+        hostname,
+        port,
+        world_size,
+        is_master=True,
+        timeout=timeout,
+        multi_tenant=True,
+        use_libuv=use_libuv,
+        master_listen_fd=socket.create_server(address, family=family).detach(),
+    )
 
 
 def load_compiled() -> None:
