@@ -220,3 +220,9 @@ async def test_a_model_that_gives_no_text_is_ready_when_it_embeds(embeds: bool) 
     app.post("/v1/embeddings")(lambda: {"data": []} if embeds else told)
     with serving(SimpleNamespace(app=app)) as url:  # type: ignore[arg-type]
         assert await chats(url) is embeds
+
+
+async def test_a_further_host_of_a_model_is_not_waited_for_until_it_has_clients() -> None:
+    options, _ = read_options(["--only", "worker", "--worker-port", str(free_port())])
+    first, further = make_services(options, [{"model-path": "demo", "node-rank": rank} for rank in (0, 1)])
+    assert [await first.is_ready(), await further.is_ready()] == [False, True]

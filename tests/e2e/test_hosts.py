@@ -141,9 +141,10 @@ def rank_of(service: Program) -> psutil.Process:
     return found
 
 
-def comes_to_its_end(group: Group, future: Future[list[dict[str, Any]]], said: str, what: str) -> None:
+def comes_to_its_end(
+    group: Group, future: Future[list[dict[str, Any]]], said: str, what: str, started_at: float
+) -> None:
     """The client is told within a minute, and the group is back by itself."""
-    started_at = time.monotonic()
     last = future.result(TOLD_WITHIN_S)[-1]
     assert last["error_code"], last
     told_s = time.monotonic() - started_at
@@ -180,18 +181,20 @@ def test_a_slow_cable_makes_it_slow_and_nothing_else(group: Group, said: str) ->
 def test_a_killed_rank_ends_what_runs_and_the_group_comes_back(group: Group, said: str, number: int) -> None:
     with ThreadPoolExecutor(1) as pool:
         stream = group.begin_a_long_stream(pool)
+        started_at = time.monotonic()
         rank_of(group.services[number]).kill()
-        comes_to_its_end(group, stream, said, f"rank {number} killed")
+        comes_to_its_end(group, stream, said, f"rank {number} killed", started_at)
 
 
 def test_a_cut_cable_ends_what_runs_and_the_group_comes_back(group: Group, said: str) -> None:
     position = group.position
     with ThreadPoolExecutor(1) as pool:
         stream = group.begin_a_long_stream(pool)
+        started_at = time.monotonic()
         group.hosts[1].set_link(False)
         eventually(
             lambda: all("has ended or cannot be reached" in log for log in group.log_since(position)),
             "both hosts say so",
             TOLD_WITHIN_S,
         )
-        comes_to_its_end(group, stream, said, "cable cut")
+        comes_to_its_end(group, stream, said, "cable cut", started_at)
