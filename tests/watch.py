@@ -85,7 +85,9 @@ class Watch:
 def name_of(process: psutil.Process) -> str:
     """The module that a Python program runs, or the name that it gave itself."""
     words = process.cmdline()
-    return words[words.index("-m") + 1] if "-m" in words else " ".join(words)[:30] or process.name()
+    if "-m" in words:
+        return words[words.index("-m") + 1]
+    return Path(words[0]).name.strip() if words else process.name()
 
 
 def slope(points: list[Point]) -> tuple[float, float]:
