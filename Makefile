@@ -95,6 +95,22 @@ test-ipex-llm test-ipex: test-%: env-%
 	PYTHONPATH=$(CURDIR) .venv-$*/bin/python -m pytest tests/$(subst -,_,$*) tests/serving/test_protocol.py \
 		tests/serving/test_fastchat.py
 
+# llama.cpp's own programs, compiled for this machine from the sources that llama-cpp-python's sdist carries. Outside the
+# lock: a peer that is measured, which nothing here imports.
+LLAMA_CPP := .cache/llama-cpp
+LLAMA_CPP_PYTHON := 0.3.36
+llama_cpp_off := $(addprefix -D,$(addsuffix =OFF,LLAMA_CURL LLAMA_OPENSSL LLAMA_BUILD_TESTS LLAMA_BUILD_EXAMPLES LLAMA_BUILD_UI))
+.PHONY: env-llama-cpp
+env-llama-cpp: $(LLAMA_CPP)/bin/llama-server  ## build the llama.cpp peer (about 15 minutes; needs cmake and ninja)
+
+$(LLAMA_CPP)/bin/llama-server: | $(VENV)/.ready
+	mkdir -p $(LLAMA_CPP)
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --dest $(LLAMA_CPP) \
+		llama-cpp-python==$(LLAMA_CPP_PYTHON)
+	tar -xzf $(LLAMA_CPP)/llama_cpp_python-$(LLAMA_CPP_PYTHON).tar.gz -C $(LLAMA_CPP) --strip-components 1
+	cmake -S $(LLAMA_CPP)/vendor/llama.cpp -B $(LLAMA_CPP) -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON $(llama_cpp_off)
+	ninja -C $(LLAMA_CPP) llama-server llama-quantize llama-perplexity
+
 # What is not on PyPI, for Debian and Ubuntu.
 .PHONY: chromium deploy-tools tcmalloc
 apt_get := apt-get update -qq && apt-get install -y -qq --no-install-recommends

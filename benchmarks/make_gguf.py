@@ -24,7 +24,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from benchmarks.options import BenchmarkError, run_main
 
 ARCHITECTURES = {"llama": "llama", "qwen3_moe": "qwen3moe"}
-TYPES = {kind.name.lower(): kind for kind in (Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1)}
+TYPES = {kind.name.lower(): kind for kind in (Kind.F32, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1)}
 NORMAL, CONTROL = 1, 3
 
 Blocks = np.ndarray[Any, Any]
@@ -38,13 +38,16 @@ class Vocabulary:
     special: frozenset[str]
     merges: list[str]
     eos_id: int
+    # How text is cut into words before pairs are merged, by llama.cpp's name for it.
+    pre: str = "default"
     chat_template: str | None = None
 
 
 def read_vocabulary(model: Path) -> Vocabulary:
     """The tokenizer of a model directory. Raises BenchmarkError where it is no byte-level BPE."""
     wrapped = AutoTokenizer.from_pretrained(model)
-    state = json.loads(wrapped.backend_tokenizer.to_str())["model"]
+    whole = json.loads(wrapped.backend_tokenizer.to_str())
+    state = whole["model"]
     if state["type"] != "BPE":
         raise BenchmarkError(f"{model}: its tokenizer is {state['type']}, and only BPE is written")
     vocabulary: dict[str, int] = wrapped.get_vocab()
@@ -53,6 +56,8 @@ def read_vocabulary(model: Path) -> Vocabulary:
         special=frozenset(wrapped.get_added_vocab()),
         merges=[" ".join(pair) if isinstance(pair, list) else pair for pair in state["merges"]],
         eos_id=wrapped.eos_token_id,
+        # GPT-2's way; SmolLM's takes each digit by itself besides.
+        pre="smollm" if '"Digits"' in json.dumps(whole["pre_tokenizer"]) else "gpt-2",
         chat_template=wrapped.chat_template,
     )
 
@@ -74,8 +79,8 @@ def write(
     _write_metadata(writer, architecture, config)
     _write_vocabulary(writer, vocabulary)
     for name, weight in _tensors_of(architecture, model):
-        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(name.split(".")[-2])
-        interleaves = architecture == "llama" and heads is not None
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(name.split(".")[-2], 0)
+        interleaves = architecture == "llama" and heads > 0
         stored = (_interleaved(weight, heads) if interleaves else weight).float()
         if weight.dim() == 1 or "ffn_gate_inp" in name:
             # Gemma's norms multiply by one more than their weight.
@@ -115,7 +120,7 @@ def _write_metadata(writer: gguf.GGUFWriter, architecture: str, config: Any) -> 
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     if rope["rope_type"] == "longrope":
         for length in ("long", "short"):
-            writer.add_tensor(f"rope_factors_{length}.weight", np.float32(rope[f"{length}_factor"]))
+            writer.add_tensor(f"rope_factors_{length}.weight", np.array(rope[f"{length}_factor"], dtype=np.float32))
     if rope["rope_type"] == "llama3":
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
         plain = rope["rope_theta"] ** (-torch.arange(0, head_dim, 2) / head_dim)
@@ -133,7 +138,7 @@ def _write_metadata(writer: gguf.GGUFWriter, architecture: str, config: Any) -> 
 
 def _write_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types([CONTROL if token in vocabulary.special else NORMAL for token in vocabulary.tokens])
     writer.add_token_merges(vocabulary.merges)
@@ -154,7 +159,7 @@ def _tensors_of(architecture: str, model: Any) -> Iterator[tuple[str, torch.Tens
         elif name.endswith("experts.down_proj"):
             yield f"blk.{layer}.ffn_down_exps.weight", parameter.data
         else:
-            yield names.get_name(name, try_suffixes=(".weight", ".bias")), parameter.data
+            yield str(names.get_name(name, try_suffixes=(".weight", ".bias"))), parameter.data
 
 
 def _interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -177,9 +182,9 @@ def main() -> int:
     if architecture is None:
         raise BenchmarkError(f"{model.config.model_type} is none of {', '.join(ARCHITECTURES)}")
     kind = TYPES[args.type]
-    heads = kind if kind in (Kind.BF16, Kind.Q8_0) else Kind.Q8_0
+    head = kind if kind not in (Kind.Q4_0, Kind.Q4_1) else Kind.Q8_0
     vocabulary = read_vocabulary(args.model)
-    write(args.out, architecture, model, vocabulary, lambda name: heads if name == "output.weight" else kind)
+    write(args.out, architecture, model, vocabulary, lambda name: head if name == "output.weight" else kind)
     print(args.out)
     return 0
 

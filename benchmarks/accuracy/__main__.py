@@ -101,7 +101,7 @@ def measurements(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["smollm2"], help=f"{', '.join(MODELS)}, or a directory")
-    parser.add_argument("--formats", nargs="+", default=QUANTIZED, help="default: all that quantize")
+    parser.add_argument("--formats", nargs="*", default=QUANTIZED, help="default: all that quantize")
     parser.add_argument("--engines", nargs="*", default=["transformers", "vllm"], choices=["transformers", "vllm"])
     parser.add_argument("--parts", action="store_true", help="tell what weights, head and activations cost")
     parser.add_argument("--windows", type=int, default=12, help="of 512 tokens; of 64 for the demo model")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pydoc_data.topics
+import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -9,13 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType as Kind
+from transformers import AutoModelForCausalLM
 
-from benchmarks.accuracy.score import Reference, Score
+from benchmarks import make_gguf
+from benchmarks.accuracy.score import TOPICS, WINDOW, Reference, Score
 from benchmarks.accuracy.vllm_logits import score_vllm
 from ipex_vllm.low_bit.formats import FORMATS
 from ipex_vllm.low_bit.save import save
 
 OPENVINO_PYTHON = Path(".venv-openvino/bin/python")
+LLAMA_CPP = Path(".cache/llama-cpp/bin")
 
 
 def openvino(path: str, folder: Path) -> Iterator[tuple[str, Score]]:
@@ -45,7 +51,46 @@ def upstream(path: str, folder: Path) -> Iterator[tuple[str, Score]]:
             yield name, score_vllm(folder, {"model": str(saved)}, plugin=False)
 
 
-PEERS: dict[str, Callable[[str, Path], Iterator[tuple[str, Score]]]] = {"openvino": openvino, "upstream": upstream}
+def llama_cpp(path: str, folder: Path) -> Iterator[tuple[str, Score]]:
+    """llama.cpp on the same pages, by its own tool: against its own float32 file, in the second halves of windows."""
+    if not (LLAMA_CPP / "llama-perplexity").exists():
+        raise SystemExit(f"error: {LLAMA_CPP} is not there: run `make env-llama-cpp`")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as temporary:
+        whole, text, logits = (Path(temporary) / name for name in ("whole.gguf", "text", "logits"))
+        make_gguf.write(whole, "llama", model, make_gguf.read_vocabulary(Path(path)), lambda _: Kind.F32)
+        text.write_text("\n".join(pydoc_data.topics.topics[topic] for topic in TOPICS))
+
+        def perplexity(file: Path, *options: str) -> str:
+            command = (LLAMA_CPP / "llama-perplexity", "-m", file, "--kl-divergence-base", logits, *options)
+            done = subprocess.run([*map(str, command)], check=True, capture_output=True, text=True)
+            return done.stdout
+
+        perplexity(whole, "-f", str(text), "-c", str(WINDOW))
+        for kind in ("Q8_0", "Q4_0", "Q4_K_M"):
+            file = Path(temporary) / f"{kind}.gguf"
+            subprocess.run([LLAMA_CPP / "llama-quantize", whole, file, kind], check=True, capture_output=True)
+            yield kind.lower(), read_perplexity(perplexity(file, "--kl-divergence"))
+
+
+def read_perplexity(output: str) -> Score:
+    """The score whose parts `llama-perplexity --kl-divergence` prints: only means, hence as if of one token."""
+
+    def number(pattern: str) -> float:
+        found = re.search(pattern + r"\s*:\s*(-?[0-9.]+)", output)
+        if found is None:
+            raise SystemExit(f"error: llama-perplexity printed no {pattern!r}")
+        return float(found[1])
+
+    agreed = number("Same top p") / 100
+    return Score(1, number("Mean +KLD"), agreed, nll=number(r"Mean ln\(PPL\(Q\)/PPL\(base\)\)"))
+
+
+PEERS: dict[str, Callable[[str, Path], Iterator[tuple[str, Score]]]] = {
+    "openvino": openvino,
+    "upstream": upstream,
+    "llama-cpp": llama_cpp,
+}
 
 
 def scores(peer: str, path: str, folder: Path) -> Iterator[tuple[str, Score]]:

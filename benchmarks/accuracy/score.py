@@ -37,7 +37,7 @@ class Score:
 
     num_tokens: int = 0
     divergence: float = 0.0
-    agreed: int = 0
+    agreed: float = 0
     nll: float = 0.0
     reference_nll: float = 0.0
 

@@ -65,10 +65,10 @@ def of_environment(name: str) -> Callable[[], str]:
 
 
 def llama_server() -> str:
-    binary = os.environ.get("LLAMA_SERVER")
-    if not binary:
-        raise Absent("not installed: set LLAMA_SERVER to llama.cpp's llama-server binary")
-    return binary
+    binary = Path(os.environ.get("LLAMA_SERVER") or ROOT / ".cache" / "llama-cpp" / "bin" / "llama-server")
+    if not binary.exists():
+        raise Absent("not installed: run `make env-llama-cpp`, or set LLAMA_SERVER to another llama-server")
+    return str(binary)
 
 
 def fill(argv: Sequence[str], model: Path, port: int) -> list[str]:

@@ -150,8 +150,8 @@ class StackingWeights(Mapping[str, torch.Tensor]):
     """
 
     def __init__(self, folder: Path) -> None:
-        files = {file: safe_open(file, "pt") for file in weight_files(folder) if file.suffix == ".safetensors"}
-        self._files = {name: file for file in files.values() for name in file.keys()}  # noqa: SIM118
+        files: list[Any] = [safe_open(file, "pt") for file in weight_files(folder) if file.suffix == ".safetensors"]
+        self._files = {name: file for file in files for name in file.keys()}  # noqa: SIM118
 
     def parts(self, name: str) -> list[list[str]]:
         """The names in the checkpoint of what `name` is stacked of: for each of its parts, those of all experts."""

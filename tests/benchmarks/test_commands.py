@@ -94,14 +94,15 @@ def test_compare(model: Path, tmp_path: Path, resident: bool) -> None:
     assert "src=" not in html
 
 
-def test_an_absent_system_is_said_and_left_out(model: Path, tmp_path: Path) -> None:
+def test_an_absent_system_is_said_and_left_out(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMA_SERVER", "/nowhere/llama-server")
     spec = write_spec(tmp_path / "spec.yaml", model, {"quick": "fastchat 0"}, rounds=2)
     content = yaml.safe_load(spec.read_text())
     content["systems"]["absent"] = {"system": "llama_cpp", "format": "q4_0"}
     spec.write_text(yaml.safe_dump(content))
     done = bench("benchmarks.compare", spec)
     assert done.returncode == 0, done.stderr
-    assert "absent: not installed: set LLAMA_SERVER" in done.stdout
+    assert "absent: not installed: run `make env-llama-cpp`" in done.stdout
 
 
 def test_an_interrupted_comparison_writes_what_it_has(model: Path, tmp_path: Path) -> None:

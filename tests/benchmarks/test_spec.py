@@ -102,8 +102,8 @@ def test_systems_say_how_they_are_started(model: Path) -> None:
 def test_an_unknown_system_and_an_absent_one(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BenchmarkError, match="system 'x': expected one of"):
         launch("x", model, 7000, [])
-    monkeypatch.delenv("LLAMA_SERVER", raising=False)
-    with pytest.raises(Absent, match="set LLAMA_SERVER"):
+    monkeypatch.setenv("LLAMA_SERVER", "/nowhere/llama-server")
+    with pytest.raises(Absent, match="make env-llama-cpp"):
         launch("llama_cpp", model, 7000, [])
     with pytest.raises(BenchmarkError, match="system 'command' needs flags"):
         launch("command", model, 7000, ["grpc", "x"])
