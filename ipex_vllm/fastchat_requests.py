@@ -32,7 +32,21 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": ({},),
+    "chat_template_kwargs": ({},),
+    "reasoning_effort": (),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "min_tokens": (0,),
 }
+# Of these, what the worker's /v1 takes by another name, and what nothing here does.
+RENAMED = {
+    "functions": "tools",
+    "function_call": "tool_choice",
+    **{name: "structured_outputs" for name in NEUTRAL if name.startswith("guided_")},
+}
+NOWHERE = ("audio", "modalities", "suffix")
 CHAT_NEUTRAL = {**NEUTRAL, "logprobs": (False,), "top_logprobs": (0,)}
 COMPLETION_NEUTRAL = {**NEUTRAL, "suffix": ("",), "use_beam_search": (False,)}
 OWN_CHAT_NEUTRAL = {name: values for name, values in CHAT_NEUTRAL.items() if name != "repetition_penalty"}
@@ -187,7 +201,15 @@ def _refuse_what_is_dropped(body: dict[str, Any], neutral: dict[str, tuple[Any, 
         raise BadRequest("model must be a string.", "model")
     for name in neutral.keys() & body.keys():
         if body[name] not in neutral[name]:
-            raise BadRequest(f"{name} is not supported by FastChat's API server. Leave it out, {OTHERWISE}.", name)
+            raise BadRequest(f"{name} is not supported by FastChat's API server. {_advice(name)}", name)
+
+
+def _advice(name: str) -> str:
+    if name in NOWHERE:
+        return "Leave it out."
+    if name in RENAMED:
+        return f"Leave it out, or send {RENAMED[name]} to the worker's own address, whose /v1 knows that."
+    return f"Leave it out, {OTHERWISE}."
 
 
 def _shown(value: object) -> str:

@@ -108,20 +108,27 @@ def test_what_clients_send_along_passes(stack: Stack) -> None:
     assert complete(stack, prompt=["p", "q"], n=2, max_tokens=None, suffix=None).json()["choices"][3]["index"] == 3
 
 
+NOWHERE: list[dict[str, Any]] = [{"messages": []}, {"n": 10**9}, {"modalities": ["audio"]}]
+RENAMED = [{"guided_json": {"type": "object"}}, {"functions": [{"name": "f"}]}]
+
+
 @pytest.mark.parametrize(
     "body",
     [
         {"tools": [{"type": "function", "function": {"name": "f"}}]},
         {"tool_choice": "required"},
         {"response_format": {"type": "json_object"}},
+        {"structured_outputs": {"regex": "a"}},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"reasoning_effort": "low"},
         {"logit_bias": {"1": 100}},
         {"logprobs": True},
         {"min_p": 0.1},
+        *RENAMED,
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://a"}}]}]},
         {"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]},
         {"messages": [{"role": "tool", "content": "4"}]},
-        {"messages": []},
-        {"n": 10**9},
+        *NOWHERE,
     ],
 )
 def test_what_would_be_dropped_and_changes_the_answer_is_refused_in_words(stack: Stack, body: dict[str, Any]) -> None:
@@ -131,6 +138,7 @@ def test_what_would_be_dropped_and_changes_the_answer_is_refused_in_words(stack:
     error = answer.json()["error"]
     assert error["type"] == "invalid_request_error"
     assert next(iter(body)) in error["param"]
+    assert ("worker's own address, whose /v1 knows" in error["message"]) == (body not in NOWHERE)
     assert len(ENGINE.seen) == num_seen
 
 

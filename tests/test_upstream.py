@@ -13,9 +13,11 @@ import torch
 from torch.distributed import Store
 from torchvision.extension import _has_ops
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
+from ipex_vllm import fastchat_requests
 from ipex_vllm.low_bit.formats import FORMATS
 from ipex_vllm.low_bit.recipe import on_load
 from ipex_vllm.low_bit.vllm import upstream
@@ -176,3 +178,9 @@ def test_the_store_of_several_hosts_listens_where_it_is_told() -> None:
     upstream.mend()
     assert listening_addresses(upstream.rendezvous._create_c10d_store) == {"127.0.0.1"}
     assert listening_addresses(upstream.make_store) == {"::"}, "upstream's still listens on all addresses"
+
+
+@pytest.mark.parametrize("name", [*fastchat_requests.RENAMED, *fastchat_requests.NOWHERE])
+def test_vllms_openai_api_still_drops_what_a_refusal_does_not_send_there(name: str) -> None:
+    assert name not in ChatCompletionRequest.model_fields
+    assert set(fastchat_requests.RENAMED.values()) <= ChatCompletionRequest.model_fields.keys()
