@@ -12,6 +12,8 @@ from starlette.types import Message, Send
 
 SIGN_OF_LIFE_S = 15.0  # proxies and clients give up after a minute or more
 SIGN_OF_LIFE = b": waiting\n\n"  # a comment, which readers of server-sent events skip
+# What some clients decide by, whether to try again, beside the status.
+KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 
 
 class Answer:
@@ -112,7 +114,7 @@ def error_response(
     status: int, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
     """An error in OpenAI's form."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
+    kind = KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
     return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": None}}, status, headers)
 
 

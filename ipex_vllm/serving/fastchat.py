@@ -140,12 +140,9 @@ class FastChatServer:
         return JSONResponse(await until_disconnect(request, last_of(frames)), headers=headers)
 
     async def get_embeddings(self, request: Request) -> Response:
-        embedding_request = EmbeddingRequest.parse(await read_json(request))
-        self.core.check_model(embedding_request.model)
-        async with self.core.slots.take():
-            vectors, num_tokens = await until_disconnect(request, self.core.engine.embed(embedding_request.inputs))
-        encoded: list[Any] = [_as_base64(vector) for vector in vectors] if embedding_request.base64 else vectors
-        return JSONResponse({"embedding": encoded, "token_num": num_tokens})
+        headers = {"x-request-id": request_id(request.headers)}
+        embedding = self.embeddings(await read_json(request), headers["x-request-id"])
+        return JSONResponse(await until_disconnect(request, embedding), headers=headers)
 
     async def get_status(self) -> Response:
         if self.core.slots.is_closed:  # what makes the controller drop this worker
@@ -209,6 +206,20 @@ class FastChatServer:
                 yield last
         except RequestError as error:
             yield error_payload(error)
+
+    async def embeddings(self, body: object, request_id: str) -> dict[str, Any]:
+        """The answer to one request for embeddings, or its error."""
+        try:
+            with self.core.recorded(request_id) as record:
+                request = EmbeddingRequest.parse(body)
+                self.core.check_model(request.model)
+                async with self.core.slots.take():
+                    vectors, record.prompt_tokens = await self.core.engine.embed(request.inputs)
+                record.outcome = "stop"
+        except RequestError as error:
+            return error_payload(error)
+        encoded: list[Any] = [_as_base64(vector) for vector in vectors] if request.base64 else vectors
+        return {"embedding": encoded, "token_num": record.prompt_tokens}
 
     # Errors outside of frames
 

@@ -65,7 +65,8 @@ class BearerToken:
         self._token = token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket") or self._is_right(dict(scope["headers"])):
+        headers = dict(scope.get("headers", ()))
+        if scope["type"] not in ("http", "websocket") or is_preflight(scope, headers) or self._is_right(headers):
             await self._app(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008, "reason": "the API token is missing"})
@@ -77,3 +78,8 @@ class BearerToken:
         scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
         given = token if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
         return hmac.compare_digest(given, self._token)
+
+
+def is_preflight(scope: Scope, headers: dict[bytes, bytes]) -> bool:
+    """A browser's question whether a page may send a request (CORS). It has no token, and the answer tells nothing."""
+    return scope.get("method") == "OPTIONS" and b"access-control-request-method" in headers

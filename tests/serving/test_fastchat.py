@@ -112,11 +112,26 @@ def test_another_model_is_refused_and_none_is_fine() -> None:
         assert stream(url, prompt="p")[-1]["error_code"] == 0
 
 
-def test_embeddings_answer_a_clear_error_or_vectors() -> None:
-    class Embedding(FakeEngine):
-        async def embed(self, inputs: Sequence[str]) -> tuple[list[list[float]], int]:
-            return [[0.6, 0.8] for _ in inputs], 7
+class Embedding(FakeEngine):
+    async def embed(self, inputs: Sequence[str]) -> tuple[list[list[float]], int]:
+        return [[0.6, 0.8] for _ in inputs], 7
 
+
+def test_embeddings_are_logged_and_counted_as_texts_are(caplog: pytest.LogCaptureFixture) -> None:
+    server, headers = make_server(Embedding()), {"X-Request-Id": "abc"}
+    with caplog.at_level(logging.INFO), serving(server) as url:
+        for body in ({"input": "a"}, {"input": []}):
+            answer = httpx.post(url + "/worker_get_embeddings", json=body, headers=headers, trust_env=False)
+            assert answer.headers["x-request-id"] == "abc"
+    lines = [record.getMessage() for record in caplog.records if "abc" in record.getMessage()]
+    assert [line.split(" ttft")[0] for line in lines] == [
+        "request abc stop prompt_tokens=7 completion_tokens=0",
+        "request abc error 40302 prompt_tokens=0 completion_tokens=0",
+    ]
+    assert (server.core.tally.finished, server.core.tally.errors) == ({"stop": 1}, {40302: 1})
+
+
+def test_embeddings_answer_a_clear_error_or_vectors() -> None:
     body = {"input": ["a", "b"]}
     with serving(make_server(FakeEngine())) as url:
         answer = post(url, "/worker_get_embeddings", body)

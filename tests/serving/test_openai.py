@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.middleware.cors import CORSMiddleware
 
 from ipex_vllm.serving import events, openai
 from ipex_vllm.serving.fastchat import FastChatServer
@@ -38,6 +39,7 @@ def test_requests_of_both_protocols_share_the_slots_and_beyond_them_are_told_so(
         for stream in (False, True):
             refused = ask(url, stream=stream)
             assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+            assert refused.json()["error"]["type"] == "rate_limit_error"
             assert "2 requests are running and 1 are waiting" in refused.json()["error"]["message"]
         refused = ask(url, MESSAGES)
         assert (refused.status_code, refused.json()["error"]["type"]) == (429, "overloaded_error")
@@ -189,6 +191,20 @@ def test_the_token_guards_every_path_in_the_form_of_its_protocol() -> None:
         for headers in ({"Authorization": "Bearer s3cret"}, {"x-api-key": "s3cret"}):
             assert httpx.get(url + "/v1/models", headers=headers, trust_env=False).json() == {"data": []}
     assert server.core.tally.errors == {}
+
+
+def test_a_browsers_question_whether_a_page_may_ask_needs_no_token() -> None:
+    """vLLM's --allowed-origins answers it."""
+    server, application = make(api_token="s3cret")
+    application.app.add_middleware(
+        CORSMiddleware, allow_origins=["http://page"], allow_methods=["*"], allow_headers=["*"]
+    )
+    headers = {"Origin": "http://page", "Access-Control-Request-Headers": "authorization"}
+    with serving(server) as url:
+        asked = {**headers, "Access-Control-Request-Method": "POST"}
+        answer = httpx.options(url + CHAT, headers=asked, trust_env=False)
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, "http://page")
+        assert httpx.options(url + CHAT, headers=headers, trust_env=False).status_code == 401
 
 
 async def test_the_token_guards_websockets() -> None:
