@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import types
+from typing import Any
 
 import httpx
 
@@ -34,6 +35,7 @@ def main() -> None:
             os.environ["LOGDIR"] = scratch
             logging.getLogger("gradio_web_server").addFilter(lambda record: record.levelno > logging.INFO)
         replace_name_lookups(controller_url)
+        list_all_models()
         runpy.run_module("fastchat.serve.gradio_web_server", run_name="__main__", alter_sys=True)
 
 
@@ -51,6 +53,21 @@ def replace_name_lookups(controller_url: str) -> None:
     sys.modules[adapter.__name__] = adapter
     # FastChat's sends what is typed to OpenAI when the model's name contains "gpt-4", "claude" or "bard".
     fastchat.utils.moderation_filter = lambda text, names: False
+
+
+def list_all_models() -> None:
+    """Show the models that read pictures, too: the page has no place for one, and they answer texts as any other.
+
+    FastChat's asks the controller for the workers that did not register as multimodal.
+    """
+    import requests
+
+    post: Any = requests.post
+
+    def post_to_all(url: str, *arguments: Any, **options: Any) -> Any:
+        return post(url.replace("/list_language_models", "/list_models"), *arguments, **options)
+
+    requests.post = post_to_all  # type: ignore[assignment]
 
 
 def worker_conversation(controller_url: str, model_name: str) -> object:

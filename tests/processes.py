@@ -168,9 +168,10 @@ def fastchat_api(folder: Path, controller_url: str, **environ: str) -> Server:
     return Server(folder, "/v1/models", *arguments, **environ)
 
 
-def register(controller_url: str, worker_url: str, server: FastChatServer) -> None:
+def register(controller_url: str, worker_url: str, server: FastChatServer, *, reads_images: bool = False) -> None:
     """Make the controller know a worker that sends no heartbeats."""
-    body = {"worker_name": worker_url, "check_heart_beat": False, "worker_status": server.status(), "multimodal": False}
+    body = {"worker_name": worker_url, "check_heart_beat": False, "worker_status": server.status()}
+    body["multimodal"] = reads_images
     httpx.post(f"{controller_url}/register_worker", json=body, trust_env=False).raise_for_status()
 
 

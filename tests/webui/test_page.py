@@ -33,11 +33,13 @@ def chat_format() -> ChatFormat:
 
 
 @contextmanager
-def fake_worker(controller: Server, engine: FakeEngine, name: str, chat_format: ChatFormat) -> Iterator[str]:
+def fake_worker(
+    controller: Server, engine: FakeEngine, name: str, chat_format: ChatFormat, *, reads_images: bool = False
+) -> Iterator[str]:
     """Serve `engine` under `name` and make the controller know it; dies without a word to the controller."""
     server = FastChatServer(Core(engine, (name,), Slots(8, 8)), chat_format)
     with serving(server) as url:
-        register(controller.url, url, server)
+        register(controller.url, url, server, reads_images=reads_images)
         yield url
 
 
@@ -165,6 +167,15 @@ def test_worker_that_vanished_is_told(open_page: OpenPage, controller: Server, c
     answer = chat.ask("Are you there?")
     assert "NETWORK ERROR" in answer
     assert "error_code: 50003" in answer
+
+
+def test_a_model_that_reads_pictures_is_listed_and_answers_text(
+    open_page: OpenPage, controller: Server, chat_format: ChatFormat
+) -> None:
+    with fake_worker(controller, FakeEngine(["Fine."]), "painter", chat_format, reads_images=True):
+        chat = open_page(model="painter")
+        assert "painter" in chat.models()
+        assert chat.ask("How are you?") == "Fine."
 
 
 def test_name_that_fastchat_would_send_to_openai(
