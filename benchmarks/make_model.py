@@ -1,21 +1,25 @@
 """Write a model directory with random weights, for tests and benchmarks of speed: Llama, or a mixture of experts.
 
     python -m benchmarks.make_model --shape tiny --out DIR
+    python -m benchmarks.make_model --adapter-of DIR --out ANOTHER
 
 The directory is what Hugging Face Transformers itself would save: config, bf16 safetensors, a byte-level BPE
 tokenizer trained on this Python's standard library, a ChatML chat template and a generation config. The weights
-are random (seeded), so the text is noise; the shapes, and so the cost of every step, are real.
+are random (seeded), so the text is noise; the shapes, and so the cost of every step, are real. An adapter is of the
+same kind, as PEFT would save it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
@@ -105,6 +109,9 @@ MIXTURES: dict[str, dict[str, Any]] = {
     },
 }
 
+# The layers that an adapter is usually made for: all but the embedding and the head.
+ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 CHAT_TEMPLATE = (
@@ -179,13 +186,33 @@ def make_model(shape: str, out: Path, seed: int = 0) -> Path:
     return out
 
 
+def make_adapter(model: Path, out: Path, rank: int = 16, targets: Collection[str] = ADAPTED, seed: int = 0) -> Path:
+    """Write a random LoRA adapter of a model directory as PEFT does, large enough to change the text; return `out`."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, weight in load_file(model / "model.safetensors").items():
+        if name.split(".")[-2] in targets:
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{stem}.lora_A.weight"] = torch.randn(rank, weight.shape[1], generator=generator) * 0.05
+            tensors[f"{stem}.lora_B.weight"] = torch.randn(weight.shape[0], rank, generator=generator) * 0.05
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": [*targets], "bias": "none"}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, out / "adapter_model.safetensors")
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write a model directory with random weights.")
     parser.add_argument("--shape", choices=[*SHAPES, *MIXTURES], default="tiny")
+    parser.add_argument("--adapter-of", type=Path, help="write an adapter of this model directory instead")
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    print(make_model(args.shape, args.out, args.seed))
+    if args.adapter_of is not None:
+        print(make_adapter(args.adapter_of, args.out, seed=args.seed))
+    else:
+        print(make_model(args.shape, args.out, args.seed))
 
 
 if __name__ == "__main__":

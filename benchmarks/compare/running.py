@@ -18,7 +18,7 @@ from types import TracebackType
 import psutil
 
 from benchmarks.compare.systems import ROOT, Command, Launch
-from benchmarks.load.client import only_model
+from benchmarks.load.client import served_models
 from benchmarks.options import BenchmarkError
 
 START_TIMEOUT_S = 300.0
@@ -104,10 +104,9 @@ class RunningSystem:
 
     def _serves_its_model(self) -> bool:
         try:
-            asyncio.run(only_model(self.launch.url, self.launch.protocol))
+            return bool(asyncio.run(served_models(self.launch.url, self.launch.protocol)))
         except BenchmarkError:
             return False
-        return True
 
     def _last_line(self) -> str:
         lines = self._log.read_text(errors="replace").strip().splitlines()

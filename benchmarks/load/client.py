@@ -163,6 +163,14 @@ class HttpClient:
 
 async def only_model(url: str, protocol: str) -> str:
     """Ask a server for the one model it serves. Raises BenchmarkError when it cannot be reached or has several."""
+    names = await served_models(url, protocol)
+    if len(names) != 1:
+        raise BenchmarkError(f"{url} serves {', '.join(names) or 'no model'}: name one with --model")
+    return names[0]
+
+
+async def served_models(url: str, protocol: str) -> list[str]:
+    """Ask a server for the models it serves. Raises BenchmarkError when it cannot be reached."""
     method, path = ("POST", "/worker_get_status") if protocol == "fastchat" else ("GET", "/v1/models")
     try:
         async with (
@@ -171,11 +179,9 @@ async def only_model(url: str, protocol: str) -> str:
         ):
             data = await response.json(content_type=None)
         names = data["model_names"] if protocol == "fastchat" else [model["id"] for model in data["data"]]
+        return [str(name) for name in names]
     except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError) as error:
         raise BenchmarkError(f"no {protocol} server answers at {url} ({type(error).__name__}: {error})") from None
-    if len(names) != 1:
-        raise BenchmarkError(f"{url} serves {', '.join(names) or 'no model'}: name one with --model")
-    return str(names[0])
 
 
 class Clock:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.make_model import SHAPES, make_model
+from benchmarks.make_model import SHAPES, make_adapter, make_model
 from tests.processes import eventually, fastchat_api, fastchat_controller, listed_models, worker
 from tests.support import generate, openai_client
 
-RANK, ALPHA = 4, 8
+RANK = 4
 TARGETS = ("q_proj", "v_proj", "down_proj")
 PROMPT: Any = {"prompt": "def", "max_tokens": 24, "temperature": 0, "extra_body": {"ignore_eos": True}}
-
-
-def make_adapter(model: Path, folder: Path, seed: int) -> Path:
-    """A random adapter in PEFT's form, large enough to change the text."""
-    weights = load_file(model / "model.safetensors")
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, weight in weights.items():
-        if name.split(".")[-2] in TARGETS:
-            stem = f"base_model.model.{name.removesuffix('.weight')}"
-            tensors[f"{stem}.lora_A.weight"] = torch.randn(RANK, weight.shape[1], generator=generator) * 0.05
-            tensors[f"{stem}.lora_B.weight"] = torch.randn(weight.shape[0], RANK, generator=generator) * 0.05
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": list(TARGETS), "bias": "none"}
-    folder.mkdir(parents=True)
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "adapter_model.safetensors")
-    return folder
 
 
 def merge(model: Path, adapter: Path, folder: Path) -> Path:
@@ -48,7 +30,7 @@ def merge(model: Path, adapter: Path, folder: Path) -> Path:
     for name, weight in weights.items():
         stem = f"base_model.model.{name.removesuffix('.weight')}"
         if f"{stem}.lora_A.weight" in tensors:
-            update = tensors[f"{stem}.lora_B.weight"] @ tensors[f"{stem}.lora_A.weight"] * (ALPHA / RANK)
+            update = tensors[f"{stem}.lora_B.weight"] @ tensors[f"{stem}.lora_A.weight"] * 2  # alpha / r
             weights[name] = (weight.float() + update).to(weight.dtype)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
@@ -66,7 +48,7 @@ def logprobs(client: openai.OpenAI, model: str) -> torch.Tensor:
 def test_adapters_on_low_bit_weights_are_models_of_their_own(tmp_path: Path) -> None:
     model = make_model("tiny", tmp_path / "tiny")
     assert SHAPES["tiny"]["hidden_size"] == 128
-    first, second = (make_adapter(model, tmp_path / f"adapter-{seed}", seed) for seed in (1, 2))
+    first, second = (make_adapter(model, tmp_path / f"adapter-{seed}", RANK, TARGETS, seed) for seed in (1, 2))
     merged = merge(model, first, tmp_path / "merged")
     flags = ("--enable-lora", "--max-lora-rank", "8", "--max-loras", "2", "--lora-modules", f"first={first}")
     arguments: tuple[str, ...] = ("--model-path", str(model), "--low-bit", "sym_int8", *flags)
