@@ -18,6 +18,7 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.platforms import current_platform
 
+from ipex_vllm.low_bit.vllm import json_strings
 from ipex_vllm.low_bit.vllm.config import LowBitConfig
 
 rotate = RotaryEmbedding.forward_cpu
@@ -31,6 +32,7 @@ def mend() -> None:
     """Mend all of them; a second call changes nothing."""
     load_compiled()
     rendezvous._create_c10d_store = create_store
+    json_strings.mend()
     VocabParallelEmbedding.__init__ = make_embedding_with_config
     if current_platform.is_cpu():
         allow_amx()
