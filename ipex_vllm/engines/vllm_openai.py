@@ -102,6 +102,8 @@ def apply_parsers(args: argparse.Namespace, model_path: str) -> None:
     chosen = choose_parsers(model_path)
     args.enable_auto_tool_choice = True  # without it vLLM has no parser, for calls that are forced either
     args.tool_call_parser = chosen.tools or register_forced_calls()
+    if chosen.tools is None and args.tool_strict_level == "auto":
+        args.tool_strict_level = "parameter"  # a model that is not shown its tools can fill in a schema alone
     args.reasoning_parser = chosen.reasoning or ""
     logger.info("parsers: %s", chosen)
 
