@@ -106,7 +106,8 @@ def compare(name: str, formats: list[str], folder: Path, verbose: bool) -> Itera
             model = copy.deepcopy(original)
             quantized: list[Any] = []
             low_bit = None if format_name == FLOAT else format_name
-            answer = answers.of_vllm(folder, low_bit, quantized, dtype=architecture.dtype, **architecture.engine)
+            chosen = {"dtype": architecture.dtype, "pictures": architecture.pictures, **architecture.engine}
+            answer = answers.of_vllm(folder, low_bit, quantized, **chosen)
             if quantized:
                 answers.dequantized(model, quantized)
             result = {**vars(answers.difference(model, answer)), "quantized": len(quantized)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks.models.tiny import token_ids
+from benchmarks.models.zoo import Pictures
 from ipex_vllm.engines.vllm_devices import ONE_PROCESS
 
 NUM_PROMPT = 48
@@ -20,10 +21,11 @@ NUM_GREEDY = 16
 
 @dataclass(frozen=True)
 class Answer:
-    """Token ids [prompt + greedy], and the log probability of each but the first."""
+    """Token ids [prompt + greedy], the log probability of each but the first, and what else Transformers gets."""
 
     token_ids: torch.Tensor
     logprobs: torch.Tensor
+    beside: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,48 @@ class Difference:
     is_greedy: bool
 
 
-def of_vllm(folder: Path, format_name: str | None, quantized: list[torch.Tensor], **arguments: Any) -> Answer:
+def picture() -> Any:
+    """A picture of noise, 84 x 56 pixels."""
+    from PIL import Image
+
+    pixels = torch.randint(256, (56, 84, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    return Image.fromarray(pixels.numpy())
+
+
+def prompt_with_picture(folder: Path, pictures: Pictures) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """vLLM's prompt of words around a picture, and what Transformers' processor makes of it: `NUM_PROMPT` tokens."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(folder)
+
+    def read(text: str) -> Any:
+        return processor(text=text, images=[picture()], return_tensors="pt")
+
+    num_words = NUM_PROMPT - read(pictures.placeholder)["input_ids"].shape[1]
+    words = [f"w{300 + index}" for index in range(num_words)]  # the beginning of none is a special token
+    text = " ".join([*words[:8], pictures.placeholder, *words[8:]])
+    return {"prompt": text, "multi_modal_data": {"image": picture()}}, dict(read(text))
+
+
+def beside_greedy(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What Transformers gets beside the token ids, where the greedy ones, of text, follow the prompt."""
+    beside = {name: tensor for name, tensor in inputs.items() if name not in ("input_ids", "attention_mask")}
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if name in beside:
+            beside[name] = torch.nn.functional.pad(beside[name], (0, NUM_GREEDY))
+    return beside
+
+
+def of_vllm(
+    folder: Path,
+    format_name: str | None,
+    quantized: list[torch.Tensor],
+    pictures: Pictures | None = None,
+    **arguments: Any,
+) -> Answer:
     """Serve a model directory as the worker does, in this process, with more of vLLM's engine arguments.
+
+    With `pictures` one is in the prompt.
 
     The weights of what is quantized are added to `quantized`, as float32 [out_features, in_features].
     """
@@ -70,7 +112,7 @@ def of_vllm(folder: Path, format_name: str | None, quantized: list[torch.Tensor]
         llm = LLM(
             model=str(folder),
             skip_tokenizer_init=not (folder / "tokenizer.json").exists(),
-            language_model_only=True,
+            language_model_only=pictures is None,
             max_model_len=128,
             max_num_seqs=4,
             max_num_batched_tokens=128,
@@ -81,13 +123,19 @@ def of_vllm(folder: Path, format_name: str | None, quantized: list[torch.Tensor]
             **vllm_arguments(format_name, str(folder), "cpu"),
             **arguments,
         )
-        prompt = token_ids(llm.llm_engine.model_config.hf_config, NUM_PROMPT).tolist()
-        output = llm.generate({"prompt_token_ids": prompt}, sampling, use_tqdm=False)[0]
+        if pictures is None:
+            prompt = token_ids(llm.llm_engine.model_config.hf_config, NUM_PROMPT).tolist()
+            asked, beside = {"prompt_token_ids": prompt}, {}
+        else:
+            asked, inputs = prompt_with_picture(folder, pictures)
+            prompt, beside = inputs["input_ids"][0].tolist(), beside_greedy(inputs)
+        output = llm.generate(asked, sampling, use_tqdm=False)[0]
+    assert output.prompt_token_ids == prompt
     greedy = output.outputs[0]
     tokens = [*prompt, *greedy.token_ids]
     entries = [*output.prompt_logprobs[1:], *greedy.logprobs]
     logprobs = [entry[token].logprob for token, entry in zip(tokens[1:], entries, strict=True)]
-    return Answer(torch.tensor(tokens), torch.tensor(logprobs))
+    return Answer(torch.tensor(tokens), torch.tensor(logprobs), beside)
 
 
 def difference(model: Any, answer: Answer) -> Difference:
@@ -95,7 +143,8 @@ def difference(model: Any, answer: Answer) -> Difference:
     for module in model.modules():
         module.do_not_compile = True  # which vLLM asks of the classes that it also runs itself
     with torch.inference_mode():
-        logprobs = model(input_ids=answer.token_ids.unsqueeze(0)).logits[0, :-1].float().log_softmax(-1)
+        logits = model(input_ids=answer.token_ids.unsqueeze(0), **answer.beside).logits
+    logprobs = logits[0, :-1].float().log_softmax(-1)
     expected = logprobs.gather(1, answer.token_ids[1:, None]).squeeze(1)
     errors = (expected - answer.logprobs).abs()
     gaps = (logprobs.max(-1).values - expected)[NUM_PROMPT - 1 :]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from benchmarks.models.zoo import VOCAB_SIZE, Architecture
+from benchmarks.models.zoo import VOCAB_SIZE, Architecture, Pictures
 from ipex_vllm.low_bit.recipe import ROUTER
 
 LOGIT_SPREAD = 1.0  # the logits' standard deviation: the two best are then seldom near each other
@@ -25,22 +28,51 @@ def make(architecture: Architecture, folder: Path) -> Any:
     torch.manual_seed(0)
     model = model_class.from_config(config, dtype=torch.float32).eval()
     fill(model)
+    if architecture.pictures is not None:  # that no picture is written: their tokens are never the likeliest
+        model.get_output_embeddings().weight.data[[*architecture.pictures.tokens.values()]] = 0
     model.to(torch.bfloat16).save_pretrained(folder)
-    if architecture.text is not None:  # vLLM's readers of images do not start without
-        tokenizer().save_pretrained(folder)
+    if architecture.pictures is not None:
+        name_towers(folder)
+        processor(architecture.pictures).save_pretrained(folder)
+    elif architecture.text is not None:  # vLLM's readers of images do not start without
+        tokenizer({}, {}).save_pretrained(folder)
     # Not all of the other implementations know soft caps and sinks.
     exact = {"dtype": torch.float32, "attn_implementation": "eager"}
     return model_class.from_pretrained(folder, **{**exact, **architecture.reference}).eval()
 
 
-def tokenizer() -> Any:
-    """A word for each id."""
+def name_towers(folder: Path) -> None:
+    """Name vision towers as published checkpoints do: this Transformers writes shorter names, unknown to vLLM."""
+    path = folder / "model.safetensors"
+    parts = ("vision_tower.", "vision_tower.vision_model.")
+    weights = {name.replace(*parts): tensor for name, tensor in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def tokenizer(special: Mapping[str, int], names: Mapping[str, str]) -> Any:
+    """A word for each id, but for those of the `special` tokens, of which some have `names`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({f"w{index}": index for index in range(VOCAB_SIZE)}, unk_token="w0"))
+    vocabulary = {f"w{index}": index for index in range(VOCAB_SIZE) if index not in special.values()}
+    words = Tokenizer(models.WordLevel({**vocabulary, **special}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", bos_token="w1", eos_token="w2")
+    tokens = {"unk_token": "w0", "bos_token": "w1", "eos_token": "w2", "extra_special_tokens": dict(names)}
+    made = PreTrainedTokenizerFast(tokenizer_object=words, **tokens)
+    made.add_tokens(list(special), special_tokens=True)
+    return made
+
+
+def processor(pictures: Pictures) -> Any:
+    """Reads texts of such words, and pictures."""
+    import transformers
+
+    image_processor = getattr(transformers, pictures.image_processor)(**pictures.settings)
+    parts = {"image_processor": image_processor, "tokenizer": tokenizer(pictures.tokens, pictures.names)}
+    processor_class = getattr(transformers, pictures.processor)
+    if "video_processor" in inspect.signature(processor_class).parameters:
+        parts["video_processor"] = transformers.Qwen2VLVideoProcessor()
+    return processor_class(**parts, **pictures.of_processor)
 
 
 def settings(architecture: Architecture) -> dict[str, Any]:

@@ -50,6 +50,27 @@ VISION: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
+class Pictures:
+    """How a model reads a picture.
+
+    Attributes:
+        processor, image_processor: names of Transformers' classes.
+        settings: of the image processor, and `of_processor` of the processor.
+        placeholder: what a prompt has in a picture's place.
+        tokens: the ids that its special tokens have.
+        names: those by which the processor asks the tokenizer for them.
+    """
+
+    processor: str
+    image_processor: str
+    settings: dict[str, Any]
+    placeholder: str
+    tokens: dict[str, int]
+    names: dict[str, str] = field(default_factory=dict)
+    of_processor: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One row of the matrix.
 
@@ -64,6 +85,7 @@ class Architecture:
             makers do.
         known: of each format, "float" among them, that is known not to hold, why.
         engine: vLLM's engine arguments that it needs.
+        pictures: how it reads them; None where it is asked with text alone.
     """
 
     config: str
@@ -75,6 +97,7 @@ class Architecture:
     reference: dict[str, Any] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
     known: dict[str, str] = field(default_factory=dict)
+    pictures: Pictures | None = None
 
 
 def text_only(config: str, structure: str, reference: Any = (), known: Any = (), **settings: Any) -> Architecture:
@@ -87,14 +110,27 @@ def latent(config: str, structure: str, known: Any = (), **settings: Any) -> Arc
     return Architecture(config, structure, {**BASE, **MLA, **settings}, known=dict(known), engine=engine)
 
 
-def with_images(config: str, structure: str, text: dict[str, Any], **settings: Any) -> Architecture:
-    return Architecture(config, structure, settings, {**BASE, **text}, "AutoModelForImageTextToText")
+def with_images(
+    config: str, structure: str, text: dict[str, Any], pictures: Pictures | None = None, **settings: Any
+) -> Architecture:
+    return Architecture(config, structure, settings, {**BASE, **text}, "AutoModelForImageTextToText", pictures=pictures)
 
 
 ALL_FORMATS = ("float", "sym_int8", "sym_int4")
 NO_OPERATOR = "vLLM has the operator for GPUs alone"
 # Of Qwen's models that take images, from the second generation on.
-QWEN_TOKENS = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
+QWEN_TOKENS: dict[str, Any] = {
+    "image_token_id": 5,
+    "video_token_id": 6,
+    "vision_start_token_id": 7,
+    "vision_end_token_id": 8,
+}
+QWEN_PICTURES: dict[str, Any] = {
+    "image_processor": "Qwen2VLImageProcessor",
+    "settings": {"size": {"shortest_edge": 28 * 28, "longest_edge": 16 * 28 * 28}},  # pixels
+    "placeholder": "<|vision_start|><|image_pad|><|vision_end|>",
+    "tokens": {"<|image_pad|>": 5, "<|video_pad|>": 6, "<|vision_start|>": 7, "<|vision_end|>": 8},
+}
 QWEN_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}}
 
 ALTERNATING = ["sliding_attention", "full_attention"]
@@ -467,6 +503,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         "Gemma3Config",
         "vision tower, QK norm, windows",
         {"head_dim": 32, "sliding_window": 16, "layer_types": ALTERNATING, "query_pre_attn_scalar": 32},
+        Pictures(
+            "Gemma3Processor",
+            "Gemma3ImageProcessor",
+            {"size": {"height": 56, "width": 56}},
+            "<start_of_image>",
+            # Lines between texts and pictures are tokens, too.
+            {"<image_soft_token>": 5, "<start_of_image>": 6, "<end_of_image>": 7}
+            | {"\n": 8, "\n\n": 9, "\n\n\n": 10, "\n\n\n\n": 11},
+            {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"},
+            {"image_seq_length": 4},
+        ),
         vision_config=VISION,
         mm_tokens_per_image=4,
         image_token_index=5,
@@ -498,7 +545,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         "Qwen2_5_VLConfig",
         "rotary in three sections, windows in the tower",
         QWEN_ROPE,
-        vision_config={"depth": 1, "hidden_size": 64, "intermediate_size": 128, "out_hidden_size": 128, "num_heads": 2},
+        Pictures("Qwen2_5_VLProcessor", **QWEN_PICTURES),
+        vision_config={"depth": 2, "hidden_size": 64, "intermediate_size": 128, "out_hidden_size": 128, "num_heads": 2}
+        | {"fullatt_block_indexes": [1]},
         **QWEN_TOKENS,
     ),
     "qwen3-vl": with_images(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 from typing import Any
 
 from ipex_vllm.engines.generation import IMAGE, InvalidParameter
@@ -33,18 +32,22 @@ async def with_images(llm: Any, token_ids: list[int], images: tuple[bytes, ...])
 
     Raises InvalidParameter.
     """
+    from vllm.multimodal.media.image import ImageMediaIO
     from vllm.renderers.inputs.preprocess import parse_model_prompt
 
-    pictures = [await asyncio.to_thread(decode, number, image) for number, image in enumerate(images)]
+    wishes = llm.model_config.multimodal_config.media_io_kwargs or {}
+    media = ImageMediaIO(**wishes.get("image", {}))
+    pictures = [await asyncio.to_thread(decode, media, number, image) for number, image in enumerate(images)]
     prompt = {"prompt_token_ids": token_ids, "multi_modal_data": {"image": pictures}}
     (rendered,) = await llm.renderer.render_cmpl_async([parse_model_prompt(llm.model_config, prompt)])
     return rendered
 
 
-def decode(number: int, image: bytes) -> Any:
+def decode(media: Any, number: int, image: bytes) -> Any:
+    """As vLLM decodes what comes over /v1: turned the way that the file says, white where it is transparent."""
     from PIL import Image
 
     try:
-        return Image.open(io.BytesIO(image)).convert("RGB")
+        return media.load_bytes(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InvalidParameter(f"images[{number}] cannot be read as a picture: {error}.") from error

@@ -55,11 +55,21 @@ class _Paced:
         scheduler: Any = self
         streams = [request for request in scheduler.running if not request.is_prefill_chunk]
         has_prompts = len(streams) < len(scheduler.running) or len(scheduler.waiting) > 0
-        budget = self._pace.budget(len(streams)) if streams and has_prompts else self._most_tokens
+        budget = self._most_tokens
+        if streams and has_prompts:
+            budget = max(self._pace.budget(len(streams)), len(streams) + self._longest_picture())
         scheduler.max_num_scheduled_tokens = min(budget, self._most_tokens)
         output = super().schedule(*arguments, **options)  # type: ignore[misc]
         output.ipex_vllm_begin = time.monotonic()
         return output
+
+    def _longest_picture(self) -> int:
+        """Tokens of a prompt that have to be in one step: a smaller budget would keep it waiting for all streams."""
+        scheduler: Any = self
+        if not scheduler.scheduler_config.disable_chunked_mm_input:
+            return 0
+        prompts = [*scheduler.waiting, *(request for request in scheduler.running if request.is_prefill_chunk)]
+        return max((picture.mm_position.length for prompt in prompts for picture in prompt.mm_features), default=0)
 
     def update_from_output(self, scheduler_output: Any, *arguments: Any, **options: Any) -> Any:
         # A step that was scheduled while the one before it ran begins when that has ended.

@@ -9,8 +9,12 @@ from pathlib import Path
 from benchmarks.models import report
 from benchmarks.models.zoo import ARCHITECTURES
 
-# Rotary of heads apart, correction biases, latent attention, heads without a configuration or that are the embedding.
-GUARDS = ("lfm2", "ernie4.5-moe", "minimax-m2", "glm4.7-flash", "gpt-oss", "gemma2", "qwen3-next")
+# Rotary of heads apart, correction biases, latent attention, heads without a configuration or that are the embedding,
+# pictures whose tokens see each other, and others.
+GUARDS = (
+    *("lfm2", "ernie4.5-moe", "minimax-m2", "glm4.7-flash", "gpt-oss", "gemma2", "qwen3-next"),
+    *("gemma3", "qwen2.5-vl"),
+)
 FORMATS = (report.FLOAT, "sym_int4")
 
 
@@ -23,6 +27,7 @@ def test_architectures_answer_as_transformers_does() -> None:
     assert done.returncode == 0
     quantized = {result["name"]: result["quantized"] for result in results if result["format"] == "sym_int4"}
     assert quantized["gemma2"] == 9, "four of each layer, and the embedding as the head"
+    assert quantized["gemma3"] == quantized["qwen2.5-vl"] == 9, "the same, and nothing of the vision tower"
     assert quantized["gpt-oss"] == 21, "qkv, o and two of each of four experts of both layers, and the head"
 
 

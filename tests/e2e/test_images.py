@@ -12,8 +12,8 @@ import openai
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoProcessor,
     CLIPImageProcessor,
     CLIPVisionConfig,
     LlamaConfig,
@@ -23,6 +23,8 @@ from transformers import (
 )
 
 from benchmarks.make_model import train_tokenizer, training_text
+from benchmarks.models.tiny import make, name_towers
+from benchmarks.models.zoo import ARCHITECTURES
 from tests.processes import fastchat_controller, listed_models, worker
 from tests.support import generate, openai_client
 
@@ -30,18 +32,24 @@ MARK = "$$<image>$$"  # FastChat's
 SIZE, PATCH = 28, 14
 
 
+def chat_template(placeholder: str) -> str:
+    """Of a model that has `placeholder` in each picture's place."""
+    return (
+        "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\\n' -}}"
+        "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}"
+        "{%- for part in message['content'] -%}"
+        "{%- if part['type'] == 'text' -%}{{- part['text'] -}}"
+        f"{{%- else -%}}{{{{- '{placeholder}' -}}}}{{%- endif -%}}"
+        "{%- endfor -%}{%- endif -%}{{- '<|im_end|>\\n' -}}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+    )
+
+
 def make_llava(folder: Path) -> Path:
     """LLaVA with random weights, as Transformers saves it."""
     tokenizer = train_tokenizer(2048, training_text(500_000))
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    tokenizer.chat_template = (
-        "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\\n' -}}"
-        "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}"
-        "{%- for part in message['content'] -%}"
-        "{%- if part['type'] == 'text' -%}{{- part['text'] -}}{%- else -%}{{- '<image>' -}}{%- endif -%}"
-        "{%- endfor -%}{%- endif -%}{{- '<|im_end|>\\n' -}}{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
-    )
+    tokenizer.chat_template = chat_template("<image>")
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
         hidden_size=64,
@@ -69,10 +77,7 @@ def make_llava(folder: Path) -> Path:
         vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>")
     )
     LlavaForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
-    # The vision tower by the names that checkpoints have: this Transformers writes shorter ones, unknown to vLLM.
-    weights = load_file(folder / "model.safetensors")
-    named = {name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in weights.items()}
-    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+    name_towers(folder)
     edge = {"height": SIZE, "width": SIZE}
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=edge),
@@ -89,8 +94,12 @@ def make_llava(folder: Path) -> Path:
 def picture(color: str) -> str:
     """A picture of one color as PNG, in base64."""
     written = io.BytesIO()
-    Image.new("RGB", (SIZE, SIZE), color).save(written, "PNG")
+    open_picture(color).save(written, "PNG")
     return base64.b64encode(written.getvalue()).decode()
+
+
+def open_picture(color: str) -> Image.Image:
+    return Image.new("RGBA" if color.startswith("#") else "RGB", (2 * SIZE, SIZE), color)
 
 
 def test_a_picture_changes_the_answer_by_both_protocols(tmp_path: Path) -> None:
@@ -122,7 +131,7 @@ def test_a_picture_changes_the_answer_by_both_protocols(tmp_path: Path) -> None:
                 asked = {"prompt": text, "images": images, "echo": False, "temperature": 0, "max_new_tokens": 16}
                 return generate(running.url, **{**asked, "ignore_eos": True, **changed})
 
-            for colors in ((), ("red",), ("red", "blue")):
+            for colors in ((), ("red",), ("red", "blue"), ("#ff000000",)):  # the last one is transparent
                 assert by_fastchat(*colors)["text"] == by_openai(*colors)
             assert len({by_openai(), by_openai("red"), by_openai("white")}) == 3
             # 4 patches stand for the picture.
@@ -145,3 +154,51 @@ def test_a_picture_changes_the_answer_by_both_protocols(tmp_path: Path) -> None:
                         }
                     ],
                 )
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "gemma3"])
+def test_what_is_said_of_pictures_is_what_transformers_says(name: str, tmp_path: Path) -> None:
+    """Of Qwen's, whose tower has windows and whose positions have sections; of Gemma's, whose parts see each other."""
+    pictures = ARCHITECTURES[name].pictures
+    assert pictures is not None
+    model = make(ARCHITECTURES[name], tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(chat_template(pictures.placeholder))
+    processor = AutoProcessor.from_pretrained(tmp_path / "model")
+
+    def prompt(mark: str, colors: tuple[str, ...]) -> str:
+        return f"<|im_start|>user\nw40 w41 w42{mark * len(colors)}<|im_end|>\n<|im_start|>assistant\n"
+
+    def by_transformers(colors: tuple[str, ...]) -> list[str]:
+        shown = {"images": [open_picture(color) for color in colors]} if colors else {}
+        inputs = processor(text=prompt(pictures.placeholder, colors), return_tensors="pt", **shown)
+        answer = model.generate(**inputs, do_sample=False, max_new_tokens=32, eos_token_id=None)
+        new = answer[0, inputs["input_ids"].shape[1] :]
+        return str(processor.decode(new, skip_special_tokens=True)).split()
+
+    arguments = ("--model-path", str(tmp_path / "model"), "--model-names", "vl", "--low-bit", "fp32", "--no-register")
+    with worker(tmp_path / "worker", *arguments) as running, openai_client(running.url) as client:
+        answers = []
+        for colors in ((), ("red",), ("red", "blue")):
+            parts: list[Any] = [
+                {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture(color)}"}}
+                for color in colors
+            ]
+            answer = client.chat.completions.create(
+                model="vl",
+                messages=[{"role": "user", "content": [{"type": "text", "text": "w40 w41 w42"}, *parts]}],
+                temperature=0,
+                max_tokens=32,
+                extra_body={"ignore_eos": True},
+            )
+            frame = generate(
+                running.url,
+                prompt=prompt(MARK, colors),
+                images=[picture(color) for color in colors],
+                echo=False,
+                temperature=0,
+                max_new_tokens=32,
+                ignore_eos=True,
+            )
+            answers.append(by_transformers(colors))
+            assert (answer.choices[0].message.content or "").split() == frame["text"].split() == answers[-1]
+        assert len(set(map(tuple, answers))) == 3

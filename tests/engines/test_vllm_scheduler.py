@@ -7,7 +7,14 @@ import pytest
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from ipex_vllm.engines.vllm_scheduler import FIRST_PROMPT_TOKENS, Pace, PacedAsyncScheduler, PacedScheduler, pace_steps
+from ipex_vllm.engines.vllm_scheduler import (
+    FIRST_PROMPT_TOKENS,
+    Pace,
+    PacedAsyncScheduler,
+    PacedScheduler,
+    _Paced,
+    pace_steps,
+)
 
 
 def test_a_steps_tokens_follow_the_measured_speed() -> None:
@@ -47,3 +54,30 @@ def test_vllms_own_schedulers_are_paced(max_gap: float, is_cut: bool, chosen: ty
     else:
         made = pickle.loads(pickle.dumps(scheduler.scheduler_cls))  # it goes to the engine's process
         assert (made.func, made.keywords) == (expected, {"max_gap": max_gap})
+
+
+class FakeScheduler:
+    """Two streams, one of a prompt in parts and one that waits, each of these with a picture of 256 tokens."""
+
+    def __init__(self, is_cut: bool) -> None:
+        self.max_num_scheduled_tokens = 2048
+        self.scheduler_config = SimpleNamespace(disable_chunked_mm_input=not is_cut)
+        picture = SimpleNamespace(mm_position=SimpleNamespace(length=256))
+        stream = SimpleNamespace(is_prefill_chunk=False, mm_features=[picture])
+        self.running = [stream, stream, SimpleNamespace(is_prefill_chunk=True, mm_features=[])]
+        self.waiting = [SimpleNamespace(mm_features=[picture])]
+
+    def schedule(self) -> SimpleNamespace:
+        return SimpleNamespace()
+
+
+class PacedFake(_Paced, FakeScheduler):
+    pass
+
+
+def test_a_picture_that_is_not_cut_gets_into_a_step() -> None:
+    for is_cut, budget in ((True, 18), (False, 258)):
+        scheduler = PacedFake(is_cut, max_gap=0.001)
+        scheduler._pace.measure(100, 10.0)
+        scheduler.schedule()
+        assert scheduler.max_num_scheduled_tokens == budget

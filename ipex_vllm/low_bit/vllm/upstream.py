@@ -18,7 +18,7 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.platforms import current_platform
 
-from ipex_vllm.low_bit.vllm import json_strings
+from ipex_vllm.low_bit.vllm import json_strings, picture_attention
 from ipex_vllm.low_bit.vllm.config import LowBitConfig
 
 rotate = RotaryEmbedding.forward_cpu
@@ -36,6 +36,7 @@ def mend() -> None:
     VocabParallelEmbedding.__init__ = make_embedding_with_config
     if current_platform.is_cpu():
         allow_amx()
+        picture_attention.mend()
         RotaryEmbedding.forward_cpu = rotate_heads
         cpu_router.CPURouter._compute_routing = route_with_bias
 
