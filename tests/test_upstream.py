@@ -1,6 +1,7 @@
 """What of vLLM and torchvision is put right, and that it still is wrong there: where it is not, the mend can go."""
 
 import ast
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from torch.distributed import Store
 from torchvision.extension import _has_ops
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.model_executor.layers.activation import XIELU
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
@@ -78,6 +80,21 @@ def test_vllm_still_rotates_heads_in_a_dimension_of_their_own_wrongly() -> None:
     expected, _ = layer.forward_native(positions, query, key)
     rotated, _ = upstream.rotate(layer, positions, query.clone(), key.clone())
     assert not torch.allclose(rotated, expected, atol=1e-3)
+
+
+def xielu_of_two(make: Callable[[XIELU], None]) -> float:
+    """What an activation that `make` initialises has for 2: a² softplus(p) + a / 2, as Apertus has it."""
+    layer = XIELU.__new__(XIELU)
+    make(layer)
+    layer.alpha_p.data = torch.tensor([0.3125]).to(layer.alpha_p.dtype)
+    with torch.inference_mode():
+        return float(layer.forward_native(torch.tensor([2.0])))
+
+
+def test_xielu_is_computed_in_the_models_dtype() -> None:
+    exact = 4 * math.log(1 + math.exp(0.3125)) + 1
+    assert xielu_of_two(upstream.make_xielu_in_models_dtype) == pytest.approx(exact, abs=1e-6)
+    assert abs(xielu_of_two(upstream.make_xielu) - exact) > 1e-3, "vLLM needs this no more"
 
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0]])

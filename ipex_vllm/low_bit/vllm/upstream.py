@@ -13,6 +13,7 @@ import torch
 from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.layers.activation import XIELU
 from vllm.model_executor.layers.fused_moe.router import cpu_router
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -26,6 +27,7 @@ route = cpu_router.CPURouter._compute_routing
 make_embedding = VocabParallelEmbedding.__init__
 rendezvous: Any = importlib.import_module("torch.distributed.rendezvous")  # the package gives a function that name
 make_store = rendezvous._create_c10d_store
+make_xielu = XIELU.__init__
 
 
 def mend() -> None:
@@ -34,6 +36,7 @@ def mend() -> None:
     rendezvous._create_c10d_store = create_store
     json_strings.mend()
     VocabParallelEmbedding.__init__ = make_embedding_with_config
+    XIELU.__init__ = make_xielu_in_models_dtype
     if current_platform.is_cpu():
         allow_amx()
         picture_attention.mend()
@@ -140,3 +143,15 @@ def make_embedding_with_config(self: Any, *arguments: Any, **options: Any) -> No
     if isinstance(ours, LowBitConfig) and not is_chosen:
         given.arguments["quant_config"] = ours
     make_embedding(*given.args, **given.kwargs)
+
+
+@functools.wraps(make_xielu)
+def make_xielu_in_models_dtype(self: Any, *arguments: Any, **options: Any) -> None:
+    """Apertus' activation with its two numbers in the dtype that the model computes in.
+
+    Upstream has them in bfloat16 alone, and so the softplus of them, which a model in float32 gets wrong in the third
+    digit by that.
+    """
+    given = inspect.signature(make_xielu).bind(self, *arguments, **options)
+    given.arguments.setdefault("dtype", torch.get_default_dtype())
+    make_xielu(*given.args, **given.kwargs)
