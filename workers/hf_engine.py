@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from ipex_vllm.engines.engine import Engine
 from ipex_vllm.engines.generation import Delta, Generation, InternalError, InvalidParameter
 from ipex_vllm.engines.older_transformers import readable_model
+from ipex_vllm.engines.template_bound import bound_templates
 from ipex_vllm.engines.tokenization import PromptEncoder
 from ipex_vllm.errors import EngineError, OneLine, OptionError, root_cause
 from ipex_vllm.low_bit.completeness import check_loaded, loading_report
@@ -93,6 +94,7 @@ class HfEngine(Engine):
 
     @classmethod
     def _load(cls, plan: Plan, thread: ThreadPoolExecutor) -> HfEngine:
+        bound_templates()
         args = plan.engine_args
         try:
             with tempfile.TemporaryDirectory(prefix="ipex-vllm-") as folder:

@@ -23,6 +23,7 @@ from typing import Any
 from ipex_vllm.engines.engine import Engine
 from ipex_vllm.engines.generation import Delta, Generation, RequestError
 from ipex_vllm.engines.older_transformers import readable_model
+from ipex_vllm.engines.template_bound import bound_templates
 from ipex_vllm.engines.tokenization import PromptEncoder
 from ipex_vllm.engines.vllm_devices import thread_binding
 from ipex_vllm.engines.vllm_requests import OutputReader, request_error, sampling_params
@@ -101,6 +102,7 @@ class IpexLlmEngine(Engine):
         try:
             from vllm.engine.arg_utils import AsyncEngineArgs
 
+            bound_templates()
             engine_class = importlib.import_module(f"ipex_llm.vllm.{plan.device}.engine").IPEXLLMAsyncLLMEngine
             if plan.context is not None:
                 args.max_model_len = plan.context

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 from ipex_vllm.engines import group, vllm_openai
 from ipex_vllm.engines.engine import Engine
 from ipex_vllm.engines.generation import ContextOverflow, Delta, Generation, InvalidParameter, RequestError
+from ipex_vllm.engines.template_bound import bound_templates
 from ipex_vllm.engines.tokenization import PromptEncoder
 from ipex_vllm.engines.vllm_devices import DEVICES, bound_threads
 from ipex_vllm.engines.vllm_failure import told_in_one_line
@@ -127,6 +128,7 @@ class VllmEngine(Engine):
                 f"--device {plan.device}: the installed vLLM runs on {current_platform.device_type or 'no device'}. "
                 f"{DEVICES[plan.device].advice}"
             )
+        bound_templates()
         args = argparse.Namespace(**vars(plan.engine_args))
         args.model = plan.model_path
         args.served_model_name = list(plan.names)

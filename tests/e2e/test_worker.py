@@ -229,26 +229,48 @@ def status(url: str) -> dict[str, object]:
     return answer
 
 
-def test_sampling_parameters_reach_the_engine(model: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def in_float32(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a worker whose chat template loops when a dialogue begins with "Loop!"."""
+    folder = tmp_path_factory.mktemp("in_float32")
+    looping = Path(shutil.copytree(model, folder / "tiny"))
+    (looping / "chat_template.jinja").write_text(
+        "{% if messages[0].content == 'Loop!' %}{% for i in range(99999) %}{% for j in range(99999) %}"
+        "{% endfor %}{% endfor %}{% endif %}{% for message in messages %}{{ message.content }}{% endfor %}"
+    )
+    with worker(folder / "worker", "--model-path", str(looping), "--no-register", "--low-bit", "fp32") as running:
+        yield running.url
+
+
+def test_sampling_parameters_reach_the_engine(in_float32: str) -> None:
     """On random weights all tokens are nearly as likely, so that every one of these changes the text."""
-    with worker(tmp_path / "worker", "--model-path", model, "--no-register", "--low-bit", "fp32") as running:
 
-        def text(**params: object) -> str:
-            shared = {"prompt": "def", "echo": False, "max_new_tokens": 40, "ignore_eos": True}
-            answer = generate(running.url, **shared, **params)
-            assert answer["error_code"] == 0, answer
-            result: str = answer["text"]
-            return result
+    def text(**params: object) -> str:
+        shared = {"prompt": "def", "echo": False, "max_new_tokens": 40, "ignore_eos": True}
+        answer = generate(in_float32, **shared, **params)
+        assert answer["error_code"] == 0, answer
+        result: str = answer["text"]
+        return result
 
-        greedy = text(temperature=0)
-        assert text(temperature=0) == greedy
-        assert text(temperature=1.5, top_k=1) == greedy
-        assert text(temperature=1.5, top_p=0) == greedy
-        assert text(temperature=1.5, min_p=1.0) == greedy
-        assert text(temperature=1.5, seed=1) == text(temperature=1.5, seed=1) != greedy
-        assert text(temperature=1.5, seed=1) != text(temperature=1.5, seed=2)
-        assert text(temperature=0, repetition_penalty=2.0) != greedy
-        assert text(temperature=0, presence_penalty=2.0, frequency_penalty=2.0) != greedy
+    greedy = text(temperature=0)
+    assert text(temperature=0) == greedy
+    assert text(temperature=1.5, top_k=1) == greedy
+    assert text(temperature=1.5, top_p=0) == greedy
+    assert text(temperature=1.5, min_p=1.0) == greedy
+    assert text(temperature=1.5, seed=1) == text(temperature=1.5, seed=1) != greedy
+    assert text(temperature=1.5, seed=1) != text(temperature=1.5, seed=2)
+    assert text(temperature=0, repetition_penalty=2.0) != greedy
+    assert text(temperature=0, presence_penalty=2.0, frequency_penalty=2.0) != greedy
+
+
+def test_a_chat_template_that_loops_on_a_dialogue_costs_that_request_alone(in_float32: str) -> None:
+    def chat(content: str) -> httpx.Response:
+        body = {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 1}
+        return httpx.post(f"{in_float32}/v1/chat/completions", json=body, trust_env=False, timeout=120)
+
+    refused = chat("Loop!")
+    assert (refused.status_code, "processor time" in refused.text) == (400, True), refused.text
+    assert chat("def").is_success
 
 
 def test_a_stream_goes_on_while_a_long_prompt_is_computed(model: str, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -17,8 +18,10 @@ from fastchat.conversation import Conversation, SeparatorStyle, conv_templates
 from fastchat.serve import openai_api_server
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from ipex_vllm import fastchat_requests
+from ipex_vllm.engines import template_bound
 from ipex_vllm.engines.generation import Generation, InvalidParameter
 from ipex_vllm.engines.stop_tokens import stop_at_special_tokens
 from ipex_vllm.engines.tokenization import PromptEncoder
@@ -719,6 +722,50 @@ def test_a_template_that_does_not_end_is_refused(template, template_name, monkey
         "the model's chat template did not end within 1 s of processor time and 1024 MiB"
     )
     assert "\n" not in str(error.value)
+
+
+# How long a template may take once it is served
+
+
+@pytest.fixture
+def bounded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    environment = chat_template_utils.ImmutableSandboxedEnvironment
+    monkeypatch.setattr(chat_template_utils, "ImmutableSandboxedEnvironment", environment)  # which puts it back
+    chat_template_utils._compile_jinja_template.cache_clear()
+    template_bound.bound_templates()
+    yield
+    chat_template_utils._compile_jinja_template.cache_clear()
+
+
+@pytest.mark.parametrize("dialogue", DIALOGUES.values(), ids=DIALOGUES)
+def test_a_bound_changes_no_prompt(family, tokenizer, dialogue, request):
+    messages = as_messages(dialogue)
+    unbounded = render(tokenizer, messages, family.takes_parts)
+    request.getfixturevalue("bounded")
+    assert render(tokenizer, messages, family.takes_parts) == unbounded
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        ENDLESS,
+        "{% for i in range(99999) %}{% for j in range(99999) if j < 0 %}{% endfor %}{% endfor %}",
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(90) }}",
+        "{% for i in [99] recursive %}{% if i %}{{ loop([i - 1, i - 1]) }}{% endif %}{% endfor %}",
+    ],
+    ids=["nested", "filtered", "macro", "recursive"],
+)
+def test_a_template_that_loops_on_one_dialogue_refuses_that(bounded, monkeypatch, loop):
+    monkeypatch.setattr(template_bound, "CPU_LIMIT_S", 0.2)
+    template = "{% if messages[0].content == 'Loop!' %}" + loop + "{% endif %}{{ messages[0].content }}"
+    chat_format = own_format(make_tokenizer(Family(template, bos="<s>", eos="</s>")))
+    for content in ("Hi", "Loop!", "Hi"):
+        prompt = render_conversation(chat_format.conversation, as_messages([content]))
+        if content == "Hi":
+            assert chat_format.normalize(prompt) == "Hi"
+        else:
+            with pytest.raises(InvalidParameter, match=r"refuses this dialogue: it was not done after 0\.2 s"):
+                chat_format.normalize(prompt)
 
 
 # Where an answer ends
