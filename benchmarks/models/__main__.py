@@ -8,7 +8,6 @@ Each result is a line of JSON, the last words of the output. Ends with status 1 
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import json
 import os
@@ -16,12 +15,20 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from benchmarks.models import answers, tiny
+from benchmarks.models.architecture import Architecture
 from benchmarks.models.report import FLOAT, FORMATS, is_expected, write
+from benchmarks.models.served import FORK, ask
 from benchmarks.models.zoo import ARCHITECTURES
+from ipex_vllm.low_bit import importance
+
+T = TypeVar("T")
 
 
 def main() -> int:
@@ -29,18 +36,20 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ARCHITECTURES)}; all by default")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     parser.add_argument("--table", type=Path, help="a Markdown file whose table is written anew")
-    parser.add_argument("--verbose", action="store_true", help="show what vLLM logs, and tracebacks")
+    parser.add_argument("--verbose", action="store_true", help="show what the workers log, and tracebacks")
     args = parser.parse_args()
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    if not args.verbose:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ["OMP_NUM_THREADS"] = "1"
     import_all()
     results = []
+    cores = FORK.SimpleQueue()
+    for core in sorted(os.sched_getaffinity(0)):
+        cores.put(core)
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["XDG_CACHE_HOME"] = folder
-        for name in args.names or ARCHITECTURES:
-            for result in in_a_child(name, args.formats, Path(folder) / name, args.verbose):
+        os.environ["XDG_CACHE_HOME"] = tempfile.tempdir = folder  # killed workers leave sockets behind
+        # A core for each model that is asked, and as many at once as there are cores.
+        with ProcessPoolExecutor(len(os.sched_getaffinity(0)), FORK, take_core, (cores,)) as lanes:
+            asked = partial(compare, formats=args.formats, parent=Path(folder), verbose=args.verbose)
+            for result in (result for row in lanes.map(asked, args.names or ARCHITECTURES) for result in row):
                 results.append(result)
                 print(json.dumps(result), flush=True)
     if args.table is not None:
@@ -49,19 +58,25 @@ def main() -> int:
 
 
 def import_all() -> None:
-    """What every child would import for itself."""
-    import transformers  # noqa: F401
+    """What every worker would import for itself."""
+    import vllm.entrypoints.launchers.api_server.app_state
+    import vllm.entrypoints.launchers.app
+    import vllm.v1.engine.async_llm
     import vllm.v1.engine.core
     import vllm.v1.executor.uniproc_executor
     import vllm.v1.worker.cpu_worker  # noqa: F401
-    from vllm import LLM  # noqa: F401
+    from transformers.models.auto import tokenization_auto
     from vllm.model_executor.models import registry
     from vllm.plugins import load_general_plugins
     from vllm.v1.sample import sampler
 
+    import ipex_vllm.worker  # noqa: F401
+
     # vLLM asks a fresh process, which imports all of it, what kind of model a class is.
     registry._run_in_subprocess = lambda function: function()
     load_general_plugins()
+    # Transformers gives some types of models, Qwen3.5's among them, another tokenizer than their directory names.
+    tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.clear()
     sampler.batched_count_greater_than = plain_count  # else compiled, for two seconds a model
     gc.freeze()  # vLLM collects garbage at each start, which would look through all of this
 
@@ -70,53 +85,40 @@ def plain_count(values: Any, bounds: Any) -> Any:
     return (values >= bounds).sum(-1)
 
 
-def in_a_child(name: str, formats: list[str], folder: Path, verbose: bool) -> Iterator[dict[str, Any]]:
-    """Fork: what has been imported stays, and a model that crashes takes nobody along."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reading)
-        with open(writing, "w") as pipe:
-            for result in compare(name, formats, folder, verbose):
-                pipe.write(json.dumps(result) + "\n")
-                pipe.flush()
-        os._exit(0)
-    os.close(writing)
-    with open(reading) as pipe:
-        for line in pipe:
-            yield json.loads(line)
-    _, status = os.waitpid(child, 0)
-    if status:
-        yield {"name": name, "error": f"ended with status {status}"}
+def take_core(cores: Any) -> None:
+    os.sched_setaffinity(0, {cores.get()})
 
 
-def compare(name: str, formats: list[str], folder: Path, verbose: bool) -> Iterator[dict[str, Any]]:
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    from benchmarks.models import answers, tiny
-    from ipex_vllm.low_bit import importance
-
-    architecture = ARCHITECTURES[name]
-    # Before vLLM has changed Transformers' classes, as it does for models that it runs by them.
-    original = tiny.make(architecture, folder)
-    importance.of_checkpoint(str(folder))
+def compare(name: str, formats: list[str], parent: Path, verbose: bool) -> list[dict[str, Any]]:
+    architecture, folder = ARCHITECTURES[name], parent / name
+    folder.mkdir()
+    results = []
     for format_name in formats:
+        started = time.perf_counter()
+        model, quantized = folder / "tiny", folder / f"{format_name}.npy"
         try:
-            started = time.perf_counter()
-            model = copy.deepcopy(original)
-            quantized: list[Any] = []
-            low_bit = None if format_name == FLOAT else format_name
-            chosen = {"dtype": architecture.dtype, "pictures": architecture.pictures, **architecture.engine}
-            answer = answers.of_vllm(folder, low_bit, quantized, **chosen)
-            if quantized:
-                answers.dequantized(model, quantized)
-            result = {**vars(answers.difference(model, answer)), "quantized": len(quantized)}
+            if not model.exists():
+                forked(write_model, architecture, model)
+            answer = ask(architecture, model, None if format_name == FLOAT else format_name, quantized, verbose)
+            result = vars(forked(answers.difference, architecture, model, answer, quantized))
         except Exception as error:
             if verbose:
                 traceback.print_exc()
-            result = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
-        yield {"name": name, "format": format_name, **result, "seconds": time.perf_counter() - started}
-        cleanup_dist_env_and_memory()
+            result = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:400]}
+        seconds = round(time.perf_counter() - started, 1)
+        results.append({"name": name, "format": format_name, **result, "seconds": seconds})
+    return results
+
+
+def write_model(architecture: Architecture, folder: Path) -> None:
+    tiny.make(architecture, folder)
+    importance.of_checkpoint(str(folder))  # else a start measures it
+
+
+def forked(function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function in a process of its own: what computes must not be forked, nor a crash take others along."""
+    with ProcessPoolExecutor(1, FORK) as process:
+        return process.submit(function, *arguments).result()
 
 
 if __name__ == "__main__":

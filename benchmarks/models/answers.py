@@ -1,155 +1,115 @@
-"""What vLLM and Transformers answer for the same model and tokens, and how far apart that is."""
+"""What Transformers answers for a model, and how far a worker's answer is from it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.models.tiny import token_ids
-from benchmarks.models.zoo import Pictures
-from ipex_vllm.engines.vllm_devices import ONE_PROCESS
+from benchmarks.models import questions, tiny
+from benchmarks.models.architecture import Architecture
+from benchmarks.models.served import Answer
 
-NUM_PROMPT = 48
-NUM_GREEDY = 16
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Token ids [prompt + greedy], the log probability of each but the first, and what else Transformers gets."""
-
-    token_ids: torch.Tensor
-    logprobs: torch.Tensor
-    beside: dict[str, torch.Tensor] = field(default_factory=dict)
+# How far what a model says is off, and how far what was chosen by it is from the best.
+Errors = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of 63 log probabilities: of a prompt's tokens, which are computed at once, and of greedy ones, one by one.
+    """Of the log probabilities of a prompt's tokens, which are computed at once, and of greedy ones, one by one; or of
+    vectors, or of scores.
 
     Attributes:
-        largest, mean: absolute, in nats.
-        is_greedy: whether each of vLLM's greedy tokens is Transformers' likeliest, or so near it that the difference
-            decides.
+        largest, mean: absolute, in nats; of vectors, one minus the cosine.
+        is_choice_same: whether each of the worker's greedy tokens, or its best score, is Transformers' best, or so near
+            to it that the difference decides.
+        quantized: how many matrices vLLM has quantized.
     """
 
     largest: float
     mean: float
-    is_greedy: bool
+    is_choice_same: bool
+    quantized: int
 
 
-def picture() -> Any:
-    """A picture of noise, 84 x 56 pixels."""
-    from PIL import Image
+def difference(architecture: Architecture, folder: Path, answer: Answer, quantized: Path) -> Difference:
+    """How far an answer is from what Transformers gives with the dequantized weights in the file `quantized`."""
+    model = tiny.load(architecture, folder)
+    weights = list(arrays(quantized))
+    if weights:
+        dequantized(model, weights)
+    with torch.inference_mode():
+        errors, gaps = DIFFERENCES[architecture.task](model, architecture, folder, answer)
+    largest = errors.max().item()
+    return Difference(largest, errors.mean().item(), bool((gaps <= 2 * largest).all()), len(weights))
 
-    pixels = torch.randint(256, (56, 84, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
-    return Image.fromarray(pixels.numpy())
+
+def of_tokens(model: Any, architecture: Architecture, folder: Path, answer: Answer) -> Errors:
+    """How far log probabilities differ, and how far each greedy token is from the likeliest."""
+    assert answer.prompt is not None
+    assert answer.greedy is not None
+    num_greedy = len(answer.greedy)
+    inputs = question(architecture, folder)
+    assert inputs["input_ids"].tolist() == [answer.prompt], "the worker made other tokens of the prompt"
+    for name in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
+        if name in inputs:
+            new = {"input_ids": answer.greedy, "attention_mask": [1] * num_greedy}.get(name, [0] * num_greedy)
+            inputs[name] = torch.cat([inputs[name], torch.tensor([new])], 1)
+    logprobs = model(**inputs).logits[0, :-1].float().log_softmax(-1)
+    expected = logprobs.gather(1, inputs["input_ids"][0, 1:, None]).squeeze(1)
+    gaps = (logprobs.max(-1).values - expected)[-num_greedy:]
+    return (expected - torch.tensor(answer.values)).abs(), gaps
 
 
-def prompt_with_picture(folder: Path, pictures: Pictures) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """vLLM's prompt of words around a picture, and what Transformers' processor makes of it: `NUM_PROMPT` tokens."""
+def question(architecture: Architecture, folder: Path) -> dict[str, torch.Tensor]:
+    """What Transformers' model takes for what the worker was asked."""
+    if architecture.picture is None:
+        return {"input_ids": torch.tensor([questions.token_ids()])}
     from transformers import AutoProcessor
 
+    text = f"{architecture.picture.mark} {questions.text(questions.token_ids())}"
     processor = AutoProcessor.from_pretrained(folder)
-
-    def read(text: str) -> Any:
-        return processor(text=text, images=[picture()], return_tensors="pt")
-
-    num_words = NUM_PROMPT - read(pictures.placeholder)["input_ids"].shape[1]
-    words = [f"w{300 + index}" for index in range(num_words)]  # the beginning of none is a special token
-    text = " ".join([*words[:8], pictures.placeholder, *words[8:]])
-    return {"prompt": text, "multi_modal_data": {"image": picture()}}, dict(read(text))
+    return dict(processor(images=[questions.picture()], text=[text], return_tensors="pt"))
 
 
-def beside_greedy(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What Transformers gets beside the token ids, where the greedy ones, of text, follow the prompt."""
-    beside = {name: tensor for name, tensor in inputs.items() if name not in ("input_ids", "attention_mask")}
-    for name in ("token_type_ids", "mm_token_type_ids"):
-        if name in beside:
-            beside[name] = torch.nn.functional.pad(beside[name], (0, NUM_GREEDY))
-    return beside
+def of_vectors(model: Any, architecture: Architecture, folder: Path, answer: Answer) -> Errors:
+    """One minus the cosines of vectors: of the last token, or of an encoder's first."""
+    place = -1 if "num_key_value_heads" in architecture.settings else 0
+    rows = [model(**read(folder, text)).last_hidden_state[0, place] for text in questions.texts()]
+    cosines = torch.cosine_similarity(torch.stack(rows), torch.tensor(answer.values), -1)
+    return (1 - cosines).abs(), torch.zeros(1)
 
 
-def of_vllm(
-    folder: Path,
-    format_name: str | None,
-    quantized: list[torch.Tensor],
-    pictures: Pictures | None = None,
-    **arguments: Any,
-) -> Answer:
-    """Serve a model directory as the worker does, in this process, with more of vLLM's engine arguments.
-
-    With `pictures` one is in the prompt.
-
-    The weights of what is quantized are added to `quantized`, as float32 [out_features, in_features].
-    """
-    from vllm import LLM, SamplingParams
-
-    from ipex_vllm.low_bit import vllm_arguments
-    from ipex_vllm.low_bit.kernels import experts
-    from ipex_vllm.low_bit.linear import make_linear
-    from ipex_vllm.low_bit.quantize import QuantizedWeight, dequantize
-    from ipex_vllm.low_bit.vllm import linear
-
-    def noting(weight: Any, dtype: torch.dtype) -> Any:
-        quantized.append(dequantize(weight))
-        return make_linear(weight, dtype)
-
-    def noting_expert(weight: QuantizedWeight) -> torch.Tensor:
-        quantized.append(dequantize(weight))
-        return pack(weight)
-
-    pack = experts.pack
-    sampling = SamplingParams(
-        temperature=0.0, max_tokens=NUM_GREEDY, logprobs=0, prompt_logprobs=0, detokenize=False, ignore_eos=True
-    )
-    with patch.object(linear, "make_linear", noting), patch.object(experts, "pack", noting_expert):
-        llm = LLM(
-            model=str(folder),
-            skip_tokenizer_init=not (folder / "tokenizer.json").exists(),
-            language_model_only=pictures is None,
-            max_model_len=128,
-            max_num_seqs=4,
-            max_num_batched_tokens=128,
-            enforce_eager=True,
-            kv_cache_memory_bytes=1 << 26,
-            gpu_memory_utilization=0.05,
-            distributed_executor_backend=ONE_PROCESS,
-            **vllm_arguments(format_name, str(folder), "cpu"),
-            **arguments,
-        )
-        if pictures is None:
-            prompt = token_ids(llm.llm_engine.model_config.hf_config, NUM_PROMPT).tolist()
-            asked, beside = {"prompt_token_ids": prompt}, {}
-        else:
-            asked, inputs = prompt_with_picture(folder, pictures)
-            prompt, beside = inputs["input_ids"][0].tolist(), beside_greedy(inputs)
-        output = llm.generate(asked, sampling, use_tqdm=False)[0]
-    assert output.prompt_token_ids == prompt
-    greedy = output.outputs[0]
-    tokens = [*prompt, *greedy.token_ids]
-    entries = [*output.prompt_logprobs[1:], *greedy.logprobs]
-    logprobs = [entry[token].logprob for token, entry in zip(tokens[1:], entries, strict=True)]
-    return Answer(torch.tensor(tokens), torch.tensor(logprobs), beside)
+def of_scores(model: Any, architecture: Architecture, folder: Path, answer: Answer) -> Errors:
+    """How far scores differ, and how far the best of them is from the best."""
+    query, *documents = questions.texts()
+    expected = torch.stack([model(**read(folder, query, document)).logits[0, 0] for document in documents])
+    given = torch.tensor(answer.values)
+    return (expected - given).abs(), (expected.max() - expected[given.argmax()])[None]
 
 
-def difference(model: Any, answer: Answer) -> Difference:
-    """How far an answer is from what Transformers' `model` gives the same tokens."""
-    for module in model.modules():
-        module.do_not_compile = True  # which vLLM asks of the classes that it also runs itself
-    with torch.inference_mode():
-        logits = model(input_ids=answer.token_ids.unsqueeze(0), **answer.beside).logits
-    logprobs = logits[0, :-1].float().log_softmax(-1)
-    expected = logprobs.gather(1, answer.token_ids[1:, None]).squeeze(1)
-    errors = (expected - answer.logprobs).abs()
-    gaps = (logprobs.max(-1).values - expected)[NUM_PROMPT - 1 :]
-    largest = errors.max().item()
-    return Difference(largest, errors.mean().item(), bool((gaps <= 2 * largest).all()))
+def read(folder: Path, *texts: str) -> dict[str, torch.Tensor]:
+    """A text, or a pair, as the model's tokenizer has it."""
+    from transformers import AutoTokenizer
+
+    return dict(AutoTokenizer.from_pretrained(folder)(*texts, return_tensors="pt"))
+
+
+DIFFERENCES = {"generate": of_tokens, "embed": of_vectors, "score": of_scores}
+
+
+def arrays(path: Path) -> Iterator[torch.Tensor]:
+    """What `np.save` has added to a file, one after the other."""
+    if path.exists():
+        with path.open("rb") as file:
+            while file.peek(1):
+                yield torch.from_numpy(np.load(file))
 
 
 def dequantized(model: Any, quantized: list[torch.Tensor]) -> None:

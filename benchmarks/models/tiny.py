@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,67 +10,82 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from benchmarks.models.zoo import VOCAB_SIZE, Architecture, Pictures
+from benchmarks.models.architecture import VOCAB_SIZE, Architecture
+from benchmarks.models.questions import FIRST_WORD, token_ids
 from ipex_vllm.low_bit.recipe import ROUTER
 
 LOGIT_SPREAD = 1.0  # the logits' standard deviation: the two best are then seldom near each other
 ROUTER_SPREAD = 4.0  # the same for experts: one that is chosen by a hair makes two answers of one model
 
+# For a model that reads pictures: its words and a mark, as vLLM hands them on.
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+LINE_BREAKS = {"\n" * count: FIRST_WORD - 5 + count for count in (1, 2, 3, 4)}  # Gemma 3's processor writes some
 
-def make(architecture: Architecture, folder: Path) -> Any:
-    """Write the model of an architecture into `folder`, in bfloat16, and return it in float32."""
+
+def make(architecture: Architecture, folder: Path) -> None:
+    """Write the model of an architecture into `folder`, in bfloat16, with what it needs to be asked."""
     import transformers
 
     config = getattr(transformers, architecture.config)(**settings(architecture))
-    model_class = getattr(transformers, architecture.model)
     torch.manual_seed(0)
-    model = model_class.from_config(config, dtype=torch.float32).eval()
+    model = getattr(transformers, architecture.model).from_config(config, dtype=torch.float32).eval()
     fill(model)
-    if architecture.pictures is not None:  # that no picture is written: their tokens are never the likeliest
-        model.get_output_embeddings().weight.data[[*architecture.pictures.tokens.values()]] = 0
     model.to(torch.bfloat16).save_pretrained(folder)
-    if architecture.pictures is not None:
-        name_towers(folder)
-        processor(architecture.pictures).save_pretrained(folder)
-    elif architecture.text is not None:  # vLLM's readers of images do not start without
-        tokenizer({}, {}).save_pretrained(folder)
-    # Not all of the other implementations know soft caps and sinks.
+    words = tokenizer(architecture)
+    words.save_pretrained(folder)
+    if architecture.picture is not None:
+        architecture.picture.processor(words).save_pretrained(folder)
+        rename(folder / "model.safetensors", architecture.picture.weights)
+
+
+def load(architecture: Architecture, folder: Path) -> Any:
+    """What Transformers has of the model in `folder`, in float32."""
+    import transformers
+
+    # Not all of the other implementations of attention know soft caps and sinks.
     exact = {"dtype": torch.float32, "attn_implementation": "eager"}
+    model_class = getattr(transformers, architecture.model)
     return model_class.from_pretrained(folder, **{**exact, **architecture.reference}).eval()
 
 
-def name_towers(folder: Path) -> None:
-    """Name vision towers as published checkpoints do: this Transformers writes shorter names, unknown to vLLM."""
-    path = folder / "model.safetensors"
-    parts = ("vision_tower.", "vision_tower.vision_model.")
-    weights = {name.replace(*parts): tensor for name, tensor in load_file(path).items()}
-    save_file(weights, path, metadata={"format": "pt"})
-
-
-def tokenizer(special: Mapping[str, int], names: Mapping[str, str]) -> Any:
-    """A word for each id, but for those of the `special` tokens, of which some have `names`."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+def tokenizer(architecture: Architecture) -> Any:
+    """A word for each id; for another task than text, a text begins and ends with tokens of its own."""
+    from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {f"w{index}": index for index in range(VOCAB_SIZE) if index not in special.values()}
-    words = Tokenizer(models.WordLevel({**vocabulary, **special}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokens = {"unk_token": "w0", "bos_token": "w1", "eos_token": "w2", "extra_special_tokens": dict(names)}
-    made = PreTrainedTokenizerFast(tokenizer_object=words, **tokens)
-    made.add_tokens(list(special), special_tokens=True)
+    picture = architecture.picture
+    special = {"<unk>": 0, "<s>": 1, "</s>": 2} | ({} if picture is None else picture.tokens)
+    taken = {**special, **LINE_BREAKS}
+    vocabulary = {f"w{index}": index for index in range(VOCAB_SIZE) if index not in taken.values()} | taken
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split(Regex("\n+"), "isolated")]
+    )
+    words.add_special_tokens([AddedToken(token, special=True) for token in special])
+    has_kinds = architecture.config == "BertConfig"
+    if architecture.task != "generate":
+        pair = "<s> $A </s> $B:1 </s>:1" if has_kinds else "<s> $A </s> $B </s>"
+        ends = [("<s>", 1), ("</s>", 2)]
+        words.post_processor = processors.TemplateProcessing("<s> $A </s>", pair, special_tokens=ends)
+    options: dict[str, Any] = {} if picture is None else dict(picture.names)
+    if not has_kinds:
+        options["model_input_names"] = ["input_ids", "attention_mask"]
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>", **options
+    )
+    made.chat_template = CHAT_TEMPLATE
     return made
 
 
-def processor(pictures: Pictures) -> Any:
-    """Reads texts of such words, and pictures."""
-    import transformers
-
-    image_processor = getattr(transformers, pictures.image_processor)(**pictures.settings)
-    parts = {"image_processor": image_processor, "tokenizer": tokenizer(pictures.tokens, pictures.names)}
-    processor_class = getattr(transformers, pictures.processor)
-    if "video_processor" in inspect.signature(processor_class).parameters:
-        parts["video_processor"] = transformers.Qwen2VLVideoProcessor()
-    return processor_class(**parts, **pictures.of_processor)
+def rename(weights: Path, beginnings: dict[str, str]) -> None:
+    """Begin tensors' names otherwise."""
+    if not beginnings:
+        return
+    tensors = load_file(weights)
+    for old, new in beginnings.items():
+        assert any(name.startswith(old) for name in tensors), f"no tensor begins with {old}"
+        tensors = {new + name.removeprefix(old) if name.startswith(old) else name: tensors[name] for name in tensors}
+    save_file(tensors, weights, metadata={"format": "pt"})
 
 
 def settings(architecture: Architecture) -> dict[str, Any]:
@@ -115,11 +128,5 @@ def num_inputs(name: str, parameter: torch.Tensor) -> int:
 def spread(model: Any, head: nn.Module) -> None:
     """Scale the head so that the logits differ."""
     with torch.inference_mode():
-        logits = model(input_ids=token_ids(model.config).unsqueeze(0)).logits
+        logits = model(input_ids=torch.tensor([token_ids()])).logits
     head.weight.data = head.weight.data * (LOGIT_SPREAD / logits.std().item())
-
-
-def token_ids(config: Any, length: int = 48) -> torch.Tensor:
-    """int64 [length], none of them special."""
-    size = config.get_text_config().vocab_size
-    return torch.randint(16, size, (length,), generator=torch.Generator().manual_seed(1))
