@@ -44,7 +44,8 @@ def logprobs(model: Any) -> torch.Tensor:
     ids = torch.tensor([questions.token_ids(questions.NUM_PROMPT + questions.NUM_GREEDY)])
     with torch.inference_mode():
         log_softmax = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
-    return log_softmax.gather(1, ids[0, 1:, None]).squeeze(1)
+    chosen: torch.Tensor = log_softmax.gather(1, ids[0, 1:, None]).squeeze(1)
+    return chosen
 
 
 def round_inputs(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from benchmarks.make_model import train_tokenizer, training_text
-from benchmarks.models.tiny import make, name_towers
+from benchmarks.models.pictures import TOWER
+from benchmarks.models.tiny import load, make, rename
 from benchmarks.models.zoo import ARCHITECTURES
 from tests.processes import fastchat_controller, listed_models, worker
 from tests.support import generate, openai_client
@@ -77,7 +78,7 @@ def make_llava(folder: Path) -> Path:
         vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>")
     )
     LlavaForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
-    name_towers(folder)
+    rename(folder / "model.safetensors", TOWER)
     edge = {"height": SIZE, "width": SIZE}
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=edge),
@@ -156,13 +157,14 @@ def test_a_picture_changes_the_answer_by_both_protocols(tmp_path: Path) -> None:
                 )
 
 
-@pytest.mark.parametrize("name", ["qwen2.5-vl", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen2.5-vl-picture", "gemma3-picture"])
 def test_what_is_said_of_pictures_is_what_transformers_says(name: str, tmp_path: Path) -> None:
     """Of Qwen's, whose tower has windows and whose positions have sections; of Gemma's, whose parts see each other."""
-    pictures = ARCHITECTURES[name].pictures
+    pictures = ARCHITECTURES[name].picture
     assert pictures is not None
-    model = make(ARCHITECTURES[name], tmp_path / "model")
-    (tmp_path / "model" / "chat_template.jinja").write_text(chat_template(pictures.placeholder))
+    make(ARCHITECTURES[name], tmp_path / "model")
+    model = load(ARCHITECTURES[name], tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(chat_template(pictures.mark))
     processor = AutoProcessor.from_pretrained(tmp_path / "model")
 
     def prompt(mark: str, colors: tuple[str, ...]) -> str:
@@ -170,7 +172,7 @@ def test_what_is_said_of_pictures_is_what_transformers_says(name: str, tmp_path:
 
     def by_transformers(colors: tuple[str, ...]) -> list[str]:
         shown = {"images": [open_picture(color) for color in colors]} if colors else {}
-        inputs = processor(text=prompt(pictures.placeholder, colors), return_tensors="pt", **shown)
+        inputs = processor(text=prompt(pictures.mark, colors), return_tensors="pt", **shown)
         answer = model.generate(**inputs, do_sample=False, max_new_tokens=32, eos_token_id=None)
         new = answer[0, inputs["input_ids"].shape[1] :]
         return str(processor.decode(new, skip_special_tokens=True)).split()
