@@ -35,7 +35,7 @@ SHAPE = {
 # Of 8 experts 3 are chosen for each of 40 tokens: all are hit.
 CONFIGS = {
     "qwen3-moe": Qwen3MoeConfig(
-        **SHAPE, intermediate_size=256, moe_intermediate_size=96, num_experts=8, num_experts_per_tok=3
+        **SHAPE, intermediate_size=256, moe_intermediate_size=128, num_experts=8, num_experts_per_tok=3
     ),
     "mixtral": MixtralConfig(**SHAPE, intermediate_size=96, num_local_experts=8, num_experts_per_tok=3),
     "olmoe": OlmoeConfig(**SHAPE, intermediate_size=96, num_experts=8, num_experts_per_tok=3),
@@ -82,6 +82,9 @@ def results(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     qwen = arguments["qwen3-moe"]
     arguments |= {
         "qwen3-moe compiled": {**qwen, "enforce_eager": False},
+        # Each rank has half of the experts, or half of each.
+        "qwen3-moe on 2 ranks": {**qwen, "tensor_parallel_size": 2, "enable_expert_parallel": True},
+        "gpt-oss on 2 ranks": {**arguments["gpt-oss"], "tensor_parallel_size": 2},
     }
     return run_vllm(arguments, tmp_path_factory.mktemp("vllm"))
 
@@ -115,9 +118,15 @@ def expected(model: Path, format_name: str, *, has_experts: bool = True, num_ran
             linears[name].weight = nn.Parameter(torch.cat(pieces, 1))
             continue
         names = [f"{parent}.{part}" for part in MERGED[last]] if last in MERGED else [name]
-        together = rounded(torch.cat([weights[each] for each in names]), storage, importances[name], False)
-        for each, part in zip(names, together.split([len(weights[each]) for each in names]), strict=True):
-            linears[each].weight = nn.Parameter(part)
+        names = [each for each in names if each in weights]  # latent attention has a query projection alone
+        # A rank has its part of the outputs, and chooses how to round them by what it has.
+        of_ranks = [[weights[each].chunk(num_ranks)[rank] for each in names] for rank in range(num_ranks)]
+        done = [
+            rounded(torch.cat(parts), storage, importances[name], False).split([len(part) for part in parts])
+            for parts in of_ranks
+        ]
+        for index, each in enumerate(names):
+            linears[each].weight = nn.Parameter(torch.cat([parts[index] for parts in done]))
     for parameter in experts_of(network).values() if has_experts else ():
         for expert in parameter.data:
             matrix = expert.T if model.name == TRANSPOSED else expert
@@ -139,10 +148,12 @@ def assert_close(run: Result, wanted: torch.Tensor, model: Path) -> None:
     [
         *((name, name) for name in FORMAT_OF if name != "odd"),
         ("qwen3-moe compiled", "qwen3-moe"),
+        ("qwen3-moe on 2 ranks", "qwen3-moe"),
+        ("gpt-oss on 2 ranks", "gpt-oss"),
     ],
 )
 def test_experts_are_quantized(run: str, name: str, models: dict[str, Path], results: dict[str, Result]) -> None:
-    wanted = expected(models[name], FORMAT_OF[name])
+    wanted = expected(models[name], FORMAT_OF[name], num_ranks=2 if "ranks" in run else 1)
     if FORMAT_OF[name] == "sym_int8":  # rounding activations costs as much as rounding weights
         assert (results[run].logprobs - wanted).abs().mean() < 0.06
     else:

@@ -25,7 +25,7 @@ def loaded_bytes(
     group_size: int | None = None,
     outer: str | None = None,
     is_tied: bool = False,
-    quantizes_experts: bool = True,
+    num_ranks: int = 1,
     itemsize: int | None = None,
 ) -> int:
     """Bytes of the weights of a model quantized on load, over all ranks, without kernels' padding.
@@ -37,7 +37,7 @@ def loaded_bytes(
         head, device, group_size, outer: as for `recipe.on_load`.
         is_tied: whether the output head shares the embedding's weight (`tie_word_embeddings`). Quantized, it is a
             tensor of its own, beside the embedding; a head that the checkpoint has all the same is not loaded.
-        quantizes_experts: whether experts have the format, too, where it suits them: on one rank they do.
+        num_ranks: over which experts are split; where the parts could be too odd for the kernel, they stay as they are.
         itemsize: bytes of an element of what is not quantized, that is, of the served dtype; None for the checkpoint's,
             or for the dtype that `format_name` names.
 
@@ -64,8 +64,8 @@ def loaded_bytes(
         storage: Storage | str = ""
         if recipe is not None and EXPERTS.search(name) and len(shape) in (2, 3):
             # Either size is the hidden one.
-            suits = quantizes_experts and device == "cpu"
-            experts = recipe.expert_storage(name, *shape[-2:]) if suits else ""
+            parts = (size // num_ranks if size % num_ranks == 0 else 1 for size in shape[-2:])
+            experts = recipe.expert_storage(name, *parts) if device == "cpu" else ""
             storage = experts if isinstance(experts, str) else experts.down
         elif recipe is not None and is_linear:
             storage = recipe.storage(name.removesuffix(".weight"), shape[1], is_head=is_head)

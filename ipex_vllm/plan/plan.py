@@ -139,7 +139,7 @@ def weight_bytes(model: ModelFacts, options: WorkerOptions, num_ranks: int = 1) 
             device=device,
             outer=options.low_bit_outer,
             is_tied=model.is_tied,
-            quantizes_experts=num_ranks * model.num_hosts == 1,
+            num_ranks=num_ranks * model.num_hosts,
         )
         return whole // model.num_hosts
     if format.kind == "dtype":

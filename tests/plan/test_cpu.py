@@ -447,9 +447,10 @@ def test_experts_are_counted_as_what_they_are(tmp_path):
     # 4 bits and a scale of 16 for 32; the head in 8 bits, with a scale of 32 for 64.
     quantized = (256 * 256 + experts) * 4.5 / 8 + 1000 * 256 * (1 + 4 / 64)
     assert weight_bytes(model, WorkerOptions(low_bit="sym_int4")) == kept + quantized
-    on_two_ranks = kept + quantized + experts * (2 - 4.5 / 8)  # where experts stay as they are
-    assert weight_bytes(model, WorkerOptions(low_bit="sym_int4"), num_ranks=2) == on_two_ranks
-    assert weight_bytes(model.share_of(2), WorkerOptions(low_bit="sym_int4")) == on_two_ranks // 2
+    assert weight_bytes(model, WorkerOptions(low_bit="sym_int4"), num_ranks=2) == kept + quantized
+    assert weight_bytes(model.share_of(2), WorkerOptions(low_bit="sym_int4")) == (kept + quantized) // 2
+    in_odd_parts = kept + quantized + experts * (2 - 4.5 / 8)  # of 16 rows, so experts stay as they are
+    assert weight_bytes(model, WorkerOptions(low_bit="sym_int4"), num_ranks=16) == in_odd_parts
     kept_experts = weight_bytes(model, WorkerOptions(low_bit="nf4")) - weight_bytes(
         model, WorkerOptions(low_bit="sym_int4")
     )

@@ -57,8 +57,6 @@ def unsuitable_reason(layer: RoutedExperts) -> str | None:
     for name, value in usual.items():
         if getattr(layer, name) not in ((None, value) if is_clamped else (None,)):
             return f"there is no kernel for experts with a {name} of {getattr(layer, name)}"
-    if layer.moe_config.tp_size > 1 or layer.moe_config.ep_size > 1:
-        return "experts over several ranks are not quantized yet"
     if layer.moe_config.experts_per_token > kernel.MOST_CHOSEN:
         return f"there is no kernel for more than {kernel.MOST_CHOSEN} experts a token"
     return None

@@ -17,6 +17,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
+from vllm.model_executor.models.utils import StageMissingLayer
 from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScaleParameter, ModelWeightParameter
 
 from ipex_vllm.low_bit.kernels.base import LowBitLinear
@@ -183,6 +184,9 @@ class LowBitMethod(LinearMethodBase):  # type: ignore[misc]
 
     def process_weights_after_loading(self, layer: Any) -> None:
         # vLLM calls this once when the layer is complete, and for all layers at the end.
+        if isinstance(layer, StageMissingLayer):  # the output head of a model that is asked for vectors: never loaded
+            self.progress.finish_layer()
+            return
         if hasattr(layer, "low_bit"):
             return
         if self.embedding_layer is not None:
