@@ -154,7 +154,8 @@ class Exchange:
     async def _watch(self) -> None:
         while (await self.receive())["type"] != "http.disconnect":
             pass
-        self.is_client_gone = not self._outbox.has_sent_all
+        # Noticed before, it stays so: what the application then says to nobody counts as sent.
+        self.is_client_gone = self.is_client_gone or not self._outbox.has_sent_all
 
     async def _receive_or_leave(self) -> Message:
         leaving = asyncio.ensure_future(self._has_left.wait())

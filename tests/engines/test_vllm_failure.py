@@ -27,7 +27,6 @@ from ipex_vllm.errors import EngineError
 from ipex_vllm.machine.facts import MachineFacts
 
 Change = Callable[[Path], object]
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": True}
 
 
 def config(**changes: Any) -> Change:
@@ -77,7 +76,6 @@ def process() -> Iterator[None]:
         (config(vocab_size=77), "holds tensors of other shapes than the model's: model.embed_tokens.weight"),
         (config(num_hidden_layers=7), "lacks 9 of the model's tensors"),
         (config(quantization_config={"quant_method": "foo"}), "weights that the method foo has quantized;"),
-        (config(quantization_config=GPTQ), "desc_act"),
         (without("tokenizer.json", "tokenizer_config.json"), "the model has no tokenizer that can be read: fetch"),
         (half("tokenizer.json"), "tokenizer.json is no JSON (Unterminated string"),
         (half("config.json"), "config.json is no JSON object: fetch it again"),
