@@ -99,6 +99,8 @@ test-ipex-llm test-ipex: test-%: env-%
 # lock: a peer that is measured, which nothing here imports.
 LLAMA_CPP := .cache/llama-cpp
 LLAMA_CPP_PYTHON := 0.3.36
+# Where its AMX code dies (docs/negative-results.md): LLAMA_CPP_FLAGS="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+LLAMA_CPP_FLAGS ?=
 llama_cpp_off := $(addprefix -D,$(addsuffix =OFF,LLAMA_CURL LLAMA_OPENSSL LLAMA_BUILD_TESTS LLAMA_BUILD_EXAMPLES LLAMA_BUILD_UI))
 .PHONY: env-llama-cpp
 env-llama-cpp: $(LLAMA_CPP)/bin/llama-server  ## build the llama.cpp peer (about 15 minutes; needs cmake and ninja)
@@ -108,7 +110,8 @@ $(LLAMA_CPP)/bin/llama-server: | $(VENV)/.ready
 	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --dest $(LLAMA_CPP) \
 		llama-cpp-python==$(LLAMA_CPP_PYTHON)
 	tar -xzf $(LLAMA_CPP)/llama_cpp_python-$(LLAMA_CPP_PYTHON).tar.gz -C $(LLAMA_CPP) --strip-components 1
-	cmake -S $(LLAMA_CPP)/vendor/llama.cpp -B $(LLAMA_CPP) -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON $(llama_cpp_off)
+	cmake -S $(LLAMA_CPP)/vendor/llama.cpp -B $(LLAMA_CPP) -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
+		-DCMAKE_C_FLAGS="$(LLAMA_CPP_FLAGS)" -DCMAKE_CXX_FLAGS="$(LLAMA_CPP_FLAGS)" $(llama_cpp_off)
 	ninja -C $(LLAMA_CPP) llama-server llama-quantize llama-perplexity
 
 # What is not on PyPI, for Debian and Ubuntu.
