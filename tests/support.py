@@ -13,10 +13,9 @@ import socket
 import threading
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
-import openai
 import uvicorn
 
 from ipex_vllm.demo import MODEL_DIR
@@ -27,6 +26,10 @@ from ipex_vllm.serving.conversation import ChatFormat
 from ipex_vllm.serving.core import Core
 from ipex_vllm.serving.fastchat import FastChatServer
 from ipex_vllm.serving.slots import Slots
+
+
+if TYPE_CHECKING:
+    import openai
 
 
 def free_port() -> int:
@@ -42,6 +45,8 @@ def free_port() -> int:
 
 def openai_client(url: str) -> openai.OpenAI:
     """A client of the `/v1` at `url` that tries once; to be closed, or its socket warns in whatever test runs later."""
+    import openai  # which the other environments lack
+
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
 
 
