@@ -27,7 +27,6 @@ from ipex_vllm.serving.core import Core
 from ipex_vllm.serving.fastchat import FastChatServer
 from ipex_vllm.serving.slots import Slots
 
-
 if TYPE_CHECKING:
     import openai
 
