@@ -201,3 +201,21 @@ def test_the_store_of_several_hosts_listens_where_it_is_told() -> None:
 def test_vllms_openai_api_still_drops_what_a_refusal_does_not_send_there(name: str) -> None:
     assert name not in ChatCompletionRequest.model_fields
     assert set(fastchat_requests.RENAMED.values()) <= ChatCompletionRequest.model_fields.keys()
+
+
+def test_the_convolution_of_gated_linear_attention_still_refuses_a_token_by_its_strides() -> None:
+    """Once it does not, `convolve_even_one` is not needed; the matrix's Qwen3.5 begins with a prompt of one token."""
+    rows = torch.randn(2, 64, dtype=torch.bfloat16)
+    weight = torch.randn(64, 4, dtype=torch.bfloat16)
+
+    def convolve(x: torch.Tensor, function: Callable[..., torch.Tensor]) -> torch.Tensor:
+        starts, states = torch.tensor([0, x.shape[1]], dtype=torch.int32), torch.zeros(2, 64, 3, dtype=torch.bfloat16)
+        options = {"query_start_loc": starts, "cache_indices": torch.tensor([1], dtype=torch.int32)}
+        options |= {"has_initial_state": torch.tensor([False]), "silu_activation": True, "is_weight_packed": False}
+        return function(x=x, weight=weight, bias=None, conv_states=states, **options)
+
+    both = convolve(rows.t(), upstream.convolve)
+    one = rows[:1].t().clone(memory_format=torch.contiguous_format)  # strides as Qwen3.5 hands them over
+    assert torch.equal(convolve(one, upstream.convolve_even_one)[:, 0], both[:, 0])
+    with pytest.raises(RuntimeError, match="expect x to be transposed"):
+        convolve(one, upstream.convolve)

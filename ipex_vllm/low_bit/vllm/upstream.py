@@ -15,6 +15,7 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.activation import XIELU
 from vllm.model_executor.layers.fused_moe.router import cpu_router
+from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.platforms import current_platform
@@ -28,6 +29,7 @@ make_embedding = VocabParallelEmbedding.__init__
 rendezvous: Any = importlib.import_module("torch.distributed.rendezvous")  # the package gives a function that name
 make_store = rendezvous._create_c10d_store
 make_xielu = XIELU.__init__
+convolve = gdn_attention._causal_conv1d_fwd_cpu
 
 
 def mend() -> None:
@@ -41,6 +43,7 @@ def mend() -> None:
         allow_amx()
         picture_attention.mend()
         RotaryEmbedding.forward_cpu = rotate_heads
+        gdn_attention._causal_conv1d_fwd_cpu = convolve_even_one
         cpu_router.CPURouter._compute_routing = route_with_bias
 
 
@@ -100,6 +103,16 @@ def rotate_heads(
     if query.dim() == 3:
         return self.forward_native(positions, query, key)  # type: ignore[no-any-return]
     return rotate(self, positions, query, key)  # type: ignore[no-any-return]
+
+
+def convolve_even_one(*, x: torch.Tensor, **others: Any) -> torch.Tensor:
+    """The convolution of gated linear attention over x [features, tokens], whose operator refuses one token's strides.
+
+    Qwen3.5 died by that at a prompt of one token.
+    """
+    if x.shape[-1] == 1:
+        x = x.as_strided(x.shape, (x.stride(0), x.shape[0]))
+    return convolve(x=x, **others)  # type: ignore[no-any-return]
 
 
 def route_with_bias(
