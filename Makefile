@@ -32,7 +32,9 @@ format: $(VENV)/.ready  ## reformat and fix what can be fixed
 # PyTorch's CPU build is not on PyPI. pip finds it where its configuration names a source for it; else uv knows
 # PyTorch's own index. All else is pinned in the lock, and --no-deps keeps CUDA's libraries out. torchvision is PyPI's,
 # which is for CUDA: without the line at Python's start nothing that imports it would run beside PyTorch's CPU build.
-$(VENV)/.ready: requirements.lock pyproject.toml $(wildcard setup.py)
+# The C++ library is built again when its sources change: one of another version would compute otherwise.
+kernel_sources := $(wildcard ipex_vllm/low_bit/csrc/*.cpp ipex_vllm/low_bit/csrc/*/*)
+$(VENV)/.ready: requirements.lock pyproject.toml $(wildcard setup.py) $(kernel_sources)
 	@echo "setting up $(VENV): about 3 minutes and 3 GB, once"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(UV)"

@@ -18,18 +18,10 @@ from transformers import (
 from benchmarks.checkpoints import LAYOUTS, write
 from ipex_vllm.low_bit import UPSTREAM_KERNELS
 from tests.low_bit_logprobs import PROMPT
-from tests.test_low_bit_vllm import Result, run_vllm
+from tests.test_low_bit_vllm import LINEARS, Result, run_vllm
+from tests.test_low_bit_vllm import SHAPE as WITH_ANY_HEAD
 
-SHAPE = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 320,
-    "initializer_range": 0.1,
-    "tie_word_embeddings": False,
-}
+SHAPE = {**WITH_ANY_HEAD, "tie_word_embeddings": False}
 # Its merged projections are made of whole blocks.
 WIDE = {**SHAPE, "hidden_size": 256, "intermediate_size": 384}
 MIXTURE = {"moe_intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2, "head_dim": 32}
@@ -38,8 +30,6 @@ GROUP_SIZES = {"fp8-blocks": 128, "awq": 64, "gptq-act-order": 32, "gptq": 128, 
 DENSE = [name for name, layout in LAYOUTS.items() if layout.format != "fp8_e4m3"]
 FP8 = [name for name in LAYOUTS if name not in DENSE]
 EXPERTS = ["awq", "gptq", "gptq-v2", "compressed-tensors-asym"]
-# Two layers of four merged projections.
-LINEARS = 8
 
 
 @pytest.fixture(scope="module")

@@ -78,11 +78,12 @@ def of_checkpoint(model_path: str) -> Path | None:
     cannot run.
     """
     try:
-        path = _cache_file(model_path)
+        checkpoint = _folder_of(model_path)
+        path = _cache_file(checkpoint)
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                save_file(_measure_checkpoint(model_path, folder), Path(folder) / "importance")
+                save_file(_measure_checkpoint(checkpoint, folder), Path(folder) / "importance")
                 gc.collect()  # Transformers' hooks and modules refer to each other
                 give_memory_back()
                 (Path(folder) / "importance").replace(path)
@@ -124,14 +125,14 @@ def _from_layers(name: str) -> str:
     return name if start < 0 else name[start:]
 
 
-def _measure_checkpoint(model_path: str, folder: str) -> dict[str, torch.Tensor]:
+def _measure_checkpoint(checkpoint: Path, folder: str) -> dict[str, torch.Tensor]:
     from transformers import AutoModelForCausalLM
 
-    model = _with_stacked_experts(model_path)
+    model = _with_stacked_experts(checkpoint)
     if model is None:
         # "disk": Transformers reads each module's weights from the checkpoint's own files when it is called.
         model = AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=torch.float32, device_map={"": "disk"}, offload_folder=folder
+            checkpoint, dtype=torch.float32, device_map={"": "disk"}, offload_folder=folder
         )
     model.eval()
     layers = getattr(model.get_decoder(), "layers", [])
@@ -176,7 +177,7 @@ class StackingWeights(Mapping[str, torch.Tensor]):
         return len(self._files)
 
 
-def _with_stacked_experts(model_path: str) -> Any:
+def _with_stacked_experts(checkpoint: Path) -> Any:
     """The model on a checkpoint that has a tensor for each expert; None where that is not what is special about it.
 
     Transformers would first write all of such a model, in float32, to the disk.
@@ -184,11 +185,11 @@ def _with_stacked_experts(model_path: str) -> Any:
     from accelerate import cpu_offload, init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    weights = StackingWeights(_folder_of(model_path))
+    weights = StackingWeights(checkpoint)
     if not any(".experts.0." in name for name in weights):
         return None
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint), dtype=torch.float32)
     if not all(name in weights for name, _ in model.named_parameters(remove_duplicate=False)):
         return None
     return cpu_offload(model, torch.device("cpu"), state_dict=weights)
@@ -209,10 +210,9 @@ def inputs_given_to(modules: Mapping[str, nn.Module], add: Callable[[str, torch.
             handle.remove()
 
 
-def _cache_file(model_path: str) -> Path:
+def _cache_file(folder: Path) -> Path:
     """Where the importance of these very files is kept."""
     key = hashlib.sha256(f"{METHOD} {NUM_TOKENS} {version('transformers')}".encode())
-    folder = _folder_of(model_path)
     for file in (*weight_files(folder), folder / "config.json"):
         facts = file.stat()
         key.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())

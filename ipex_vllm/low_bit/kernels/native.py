@@ -42,4 +42,11 @@ def library() -> ctypes.CDLL:
     return library
 
 
+def linear_shape(
+    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int, *others: object
+) -> torch.Tensor:
+    """What the matmuls' operators return, for tracing: [..., out_features] of x's dtype."""
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
 unavailable_reason()  # once at import: who calls an operator has imported this, whether or not they asked

@@ -140,26 +140,13 @@ def linear(
     return operator(x, packed, bias, out_features, group_size, symmetric, isa, table)  # type: ignore[no-any-return]
 
 
-def _linear_shape(
-    x: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    group_size: int,
-    symmetric: bool,
-    isa: int = 0,
-    table: int = 0,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
-
-
 # The library implements it (csrc/torch_ops.cpp).
 torch.library.define(
     "ipex_vllm::w4a8_linear",
     "(Tensor x, Tensor packed, Tensor? bias, int out_features, int group_size, bool symmetric, int isa=0, int table=0) "
     "-> Tensor",
 )
-torch.library.register_fake("ipex_vllm::w4a8_linear", _linear_shape)
+torch.library.register_fake("ipex_vllm::w4a8_linear", native.linear_shape)
 
 
 class W4A8Linear(LowBitLinear):

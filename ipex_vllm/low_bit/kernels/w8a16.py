@@ -110,24 +110,12 @@ def linear(
     return operator(*arguments)  # type: ignore[no-any-return]
 
 
-def _linear_shape(
-    x: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    group_size: int,
-    weight_format: int,
-    isa: int = 0,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
-
-
 # The library implements it (csrc/torch_ops.cpp).
 torch.library.define(
     "ipex_vllm::w8a16_linear",
     "(Tensor x, Tensor packed, Tensor? bias, int out_features, int group_size, int weight_format, int isa=0) -> Tensor",
 )
-torch.library.register_fake("ipex_vllm::w8a16_linear", _linear_shape)
+torch.library.register_fake("ipex_vllm::w8a16_linear", native.linear_shape)
 
 
 class W8A16Linear(LowBitLinear):

@@ -108,18 +108,12 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, gr
     return operator(x, packed, bias, out_features, group_size, isa)  # type: ignore[no-any-return]
 
 
-def _linear_shape(
-    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, group_size: int, isa: int = 0
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
-
-
 # The library implements it (csrc/torch_ops.cpp).
 torch.library.define(
     "ipex_vllm::w8a8_linear",
     "(Tensor x, Tensor packed, Tensor? bias, int out_features, int group_size, int isa=0) -> Tensor",
 )
-torch.library.register_fake("ipex_vllm::w8a8_linear", _linear_shape)
+torch.library.register_fake("ipex_vllm::w8a8_linear", native.linear_shape)
 
 
 def rows(packed: Tensor, ids: Tensor, in_features: int, group_size: int) -> Tensor:
