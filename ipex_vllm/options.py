@@ -42,12 +42,18 @@ def option(
     aliases: Sequence[str] = (),
     secret: bool = False,
     parse: Callable[[str], Any] | None = None,
+    alone: Any = MISSING,
 ) -> Any:
     """A dataclass field that is a flag. A secret one is left out of the dataclass' repr.
 
-    `parse` makes the value of a text, or raises argparse.ArgumentTypeError; by default the field's type does.
+    `alone` is the value of the flag without one, where that is possible. `parse` makes the value of a text, or raises
+    argparse.ArgumentTypeError; by default the field's type does.
     """
-    return field(default=default, repr=not secret, metadata={"help": help, "aliases": tuple(aliases), "parse": parse})
+    return field(
+        default=default,
+        repr=not secret,
+        metadata={"help": help, "aliases": tuple(aliases), "parse": parse, "alone": alone},
+    )
 
 
 def same_option(cls: Any, name: str) -> Any:
@@ -150,6 +156,12 @@ class WorkerOptions:
     low_bit_outer: str | None = option(
         "format of the first and the last decoder layer beside --low-bit; default: that of the others", None
     )
+    low_bit_cache: str | None = option(
+        "keep what --low-bit makes of the weights in this folder, which the next start reads; without a folder, beside "
+        "the user's other caches; it takes as much disk as the weights do memory",
+        None,
+        alone="",
+    )
     upstream_kernels: bool = option(
         "leave checkpoints that are quantized already (AWQ, GPTQ, ...) to vLLM's own kernels", False
     )
@@ -229,6 +241,8 @@ def add_options(parser: argparse._ActionsContainer, cls: type) -> None:
             keywords["choices"] = typing.get_args(kinds[0])
         else:
             keywords.update(type=entry.metadata["parse"] or kinds[0], metavar=entry.name.rsplit("_", 1)[-1].upper())
+            if entry.metadata["alone"] is not MISSING:
+                keywords.update(nargs="?", const=entry.metadata["alone"])
         parser.add_argument(*flags, **keywords)
 
 
@@ -331,6 +345,8 @@ def _as_arguments(action: argparse.Action, value: Any, source: str) -> list[str]
     if action.nargs == 0:
         is_on = _as_bool(value, source)
         return [flag for flag in flags if _is_negative(action, flag) != is_on][:1]
+    if action.nargs == "?" and str(value).strip().lower() in TRUE_WORDS | FALSE_WORDS:
+        return flags[:1] if _as_bool(value, source) else []
     if action.nargs in ("+", "*"):
         return [flags[0], *(map(str, value) if isinstance(value, list) else str(value).split())]
     # One word, so that a value that starts with a dash is not read as a flag.

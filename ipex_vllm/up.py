@@ -48,7 +48,7 @@ from ipex_vllm.webui import find_environment
 FASTCHAT_CONTROLLER, FASTCHAT_API = "fastchat.serve.controller", "ipex_vllm.fastchat_api"
 
 # A worker's options that this program has as well, for the workers of the one model that needs no file.
-OF_THE_MODEL = ("model_path", "device", "low_bit", "low_bit_head", "low_bit_outer")
+OF_THE_MODEL = ("model_path", "device", "low_bit", "low_bit_head", "low_bit_outer", "low_bit_cache")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,7 @@ class UpOptions:
     low_bit: str | None = same_option(WorkerOptions, "low_bit")
     low_bit_head: str | None = same_option(WorkerOptions, "low_bit_head")
     low_bit_outer: str | None = same_option(WorkerOptions, "low_bit_outer")
+    low_bit_cache: str | None = same_option(WorkerOptions, "low_bit_cache")
     replicas: int = option("workers of this model, on consecutive ports", 1, parse=whole_number(1))
     host: str = same_option(WorkerOptions, "host")
     controller_port: int = option("port of FastChat's controller", 21001, parse=port_number)

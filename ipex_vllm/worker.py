@@ -80,6 +80,7 @@ def run(arguments: Sequence[str], load: EngineLoader | None) -> int:
     raise_descriptor_limit(options.limit_worker_concurrency + options.limit_worker_queue)
     # Bound before the model loads: a port in use is told at once. Nothing listens on it yet.
     with ports.bind(options.host, options.port) as sock:
+        os.register_at_fork(after_in_child=sock.close)  # an engine that outlives this process must not hold the port
         return asyncio.run(serve(engine_class, options, plan, sock))
 
 

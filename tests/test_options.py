@@ -60,6 +60,7 @@ SAMPLES: dict[str, tuple[str, Any, Any]] = {
     "low_bit": ("sym_int4", "sym_int4", "sym_int4"),
     "low_bit_head": ("none", "none", "none"),
     "low_bit_outer": ("sym_int8", "sym_int8", "sym_int8"),
+    "low_bit_cache": ("/cache", "/cache", "/cache"),
     "upstream_kernels": ("yes", True, True),
     "conv_template": ("zephyr", "zephyr", "zephyr"),
     "host": ("::1", "::1", "::1"),

@@ -74,6 +74,8 @@ class HfEngine(Engine):
             raise OptionError("--compile: Transformers runs the model eagerly here; leave it out")
         if options.upstream_kernels:
             raise OptionError("--upstream-kernels: vLLM's engine has them, this worker has Transformers' own")
+        if options.low_bit_cache is not None:
+            raise OptionError("--low-bit-cache: what vLLM's engine keeps; this worker quantizes at each start")
         if args.ipex:
             check_for_ipex(options)
             return

@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import os
 import shlex
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -45,6 +47,7 @@ from benchmarks.options import BenchmarkError, run_main
 from ipex_vllm.options import Parser
 
 PORTS_PER_SYSTEM = 4
+ROUNDS_APART = 1000  # in the numbers of the rounds of two groups
 WARM_UP_OUTPUT = "4"
 log = Console(stderr=True, highlight=False)
 
@@ -80,17 +83,30 @@ class Comparison:
         baseline = self.spec.baseline
         if baseline in self.absent:
             raise BenchmarkError(f"baseline {baseline!r}: {self.absent[baseline]}")
+        groups = self.spec.groups(list(present))
+        started, seconds_each = time.monotonic(), 60 * self.spec.minutes / len(groups)
         try:
-            self._stage("noise", [baseline, TWIN], 0)
-            for number, names in enumerate(self.spec.groups(list(present)), start=1):
-                self._stage("main", names, number * self.spec.rounds)
+            self._stage("noise", [baseline, TWIN], 0, started)
+            for number, names in enumerate(groups, start=1):
+                self._stage("main", names, number * ROUNDS_APART, started + number * seconds_each)
         finally:
             self._keep_resident([])
 
-    def _stage(self, stage: Stage, names: Sequence[str], first_round: int) -> None:
+    def _is_over(self, stage: Stage, names: Sequence[str], num_rounds: int, deadline: float) -> bool:
+        if stage == "noise":
+            return num_rounds >= self.spec.noise_rounds
+        if num_rounds < self.spec.rounds:
+            return False
+        if self.spec.precision is None or time.monotonic() > deadline:
+            return True
+        return Findings(self.spec, self.measurements).widest(names) <= self.spec.precision
+
+    def _stage(self, stage: Stage, names: Sequence[str], first_round: int, deadline: float) -> None:
         if self.spec.resident:
             self._keep_resident(names)
-        for round in range(first_round, first_round + self.spec.rounds):
+        for round in itertools.count(first_round):
+            if self._is_over(stage, names, round - first_round, deadline):
+                break
             for name in names if round % 2 == 0 else reversed(names):
                 if name in self.failed:
                     continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -68,6 +68,13 @@ class Findings:
         if len(rounds) < 2:
             return None
         return paired_ratio([mine[round] for round in rounds], [baseline[round] for round in rounds])
+
+    def widest(self, names: Iterable[str]) -> float:
+        """How far the end of a ratio's interval is from it, at most, of these systems' main metric (0.05: 5 %)."""
+        metric = self._spec.metrics[0]
+        others = [name for name in names if name != self._spec.baseline]
+        ratios = [self.ratio("main", name, workload, metric) for name in others for workload in self._spec.workloads]
+        return max((ratio.high / ratio.ratio - 1 for ratio in ratios if ratio is not None), default=0.0)
 
     def noise(self, workload: str) -> dict[str, float | None]:
         """Noise floor of each metric (0.03: three percent), None where too little was measured."""

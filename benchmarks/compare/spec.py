@@ -35,7 +35,12 @@ class Spec:
     baseline: str = option("the system that ratios are relative to")
     systems: dict[str, SystemSpec] = field(metadata={"help": "systems by the name they have in the result"})
     workloads: dict[str, LoadOptions] = field(metadata={"help": "loads by name: what each changes in `load`"})
-    rounds: int = option("times that every system is visited, and pairs of the noise floor", 4)
+    rounds: int = option("times that every system is visited at least", 4)
+    noise_rounds: int = option("pairs of the noise floor", 5)
+    precision: float | None = option(
+        "visit on until each ratio's 95 % interval ends within this share of it (0.05: five percent)", None
+    )
+    minutes: float = option("with `precision`: begin no more rounds after so many", 20.0)
     resident: bool = option(
         "keep all systems in memory, all but one paused, instead of starting anew each visit", False
     )
@@ -83,8 +88,10 @@ class Spec:
                 raise BenchmarkError(f"{path}: systems: {name}: format must be one of {', '.join(WEIGHTS)}")
         if self.baseline not in self.systems:
             raise BenchmarkError(f"{path}: baseline {self.baseline!r} is none of the systems {', '.join(self.systems)}")
-        if self.rounds < 2:
+        if min(self.rounds, self.noise_rounds) < 2:
             raise BenchmarkError(f"{path}: rounds must be at least 2, or there is no interval")
+        if self.precision is not None and self.precision <= 0:
+            raise BenchmarkError(f"{path}: precision must be above 0")
         if self.at_a_time < 0:
             raise BenchmarkError(f"{path}: at_a_time must be at least 0")
         if unknown := [metric for metric in self.metrics if metric not in METRICS]:

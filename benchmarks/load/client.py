@@ -135,8 +135,11 @@ class HttpClient:
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
 
     async def __aenter__(self) -> HttpClient:
+        # A connection for each request: some servers, llama.cpp's among them, close one that could be used again.
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), timeout=self._timeout, read_bufsize=READ_BUFFER_BYTES
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            timeout=self._timeout,
+            read_bufsize=READ_BUFFER_BYTES,
         )
         return self
 

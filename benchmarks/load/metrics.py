@@ -17,6 +17,7 @@ from benchmarks.options import BenchmarkError
 
 Phase = Literal["warmup", "measured", "cooldown"]
 PERCENTILES = (50, 90, 99)
+NORMAL_95 = 1.96  # half of the width of 95 % of a normal distribution, in standard deviations
 SLO_METRICS = ("ttft", "tpot", "e2e")
 
 
@@ -155,16 +156,29 @@ def output_tokens_between(timeline: Timeline, start: float, end: float) -> float
     return tokens
 
 
-def distribution(values: Iterable[float | None]) -> dict[str, float] | None:
-    """Mean and percentiles (linear interpolation) of the values there are, or None when there are none."""
-    present = [value for value in values if value is not None]
-    if not present:
+def distribution(values: Iterable[float | None]) -> dict[str, Any] | None:
+    """Mean, largest and percentiles (linear interpolation) of the values there are, or None when there are none.
+
+    `p99` and its like are there if so many values are that one of them lies beyond: of fewer it would be the largest by
+    another name. `p99_interval` has the two values between which it lies with 95 % confidence, by their ranks; None for
+    an end that no value bounds.
+    """
+    present = np.sort([value for value in values if value is not None])
+    if not len(present):
         return None
-    percentiles = np.percentile(present, PERCENTILES)
-    return {
-        "mean": float(np.mean(present)),
-        **{f"p{percent}": float(value) for percent, value in zip(PERCENTILES, percentiles, strict=True)},
-    }
+    result: dict[str, Any] = {"mean": float(present.mean()), "max": float(present[-1])}
+    for percent in PERCENTILES:
+        if len(present) * (100 - percent) < 100 and percent != 50:
+            continue
+        middle, share = len(present) * percent / 100, percent / 100
+        half = NORMAL_95 * math.sqrt(middle * (1 - share))
+        low, high = math.floor(middle - half), math.ceil(middle + half)
+        result[f"p{percent}"] = float(np.percentile(present, percent))
+        result[f"p{percent}_interval"] = [
+            float(present[low - 1]) if low >= 1 else None,
+            float(present[high - 1]) if high <= len(present) else None,
+        ]
+    return result
 
 
 def summarize(timelines: Sequence[Timeline], slo: Slo) -> dict[str, Any]:

@@ -31,6 +31,15 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{decimals}f}"
 
 
+def milliseconds(seconds: float | None) -> str:
+    return "…" if seconds is None else number(seconds * 1000)
+
+
+def between(interval: Sequence[float | None] | None) -> str:
+    """An interval of 95 % as it stands behind its figure; nothing for none."""
+    return f" ({' to '.join(map(milliseconds, interval))})" if interval else ""
+
+
 def summary_rows(summary: dict[str, Any], resources: dict[str, Any], bound: float | None) -> list[list[str]]:
     """The figures of one run as rows of name and text."""
     requests = summary["requests"]
@@ -53,7 +62,11 @@ def summary_rows(summary: dict[str, Any], resources: dict[str, Any], bound: floa
         rows.append(["goodput", f"{number(summary['goodput_rps'])} requests/s with {limits}"])
     for name in ("ttft", "tpot", "itl", "e2e"):
         if values := summary[f"{name}_s"]:
-            parts = (f"{key} {number(value * 1000)}" for key, value in values.items())
+            parts = (
+                f"{key} {milliseconds(value)}{between(values.get(f'{key}_interval'))}"
+                for key, value in values.items()
+                if not key.endswith("_interval")
+            )
             rows.append([f"{name.upper()} ms", ", ".join(parts)])
     if server := resources["server"]:
         memory = f"peak RSS {server['rss_peak_bytes'] / 2**30:.2f} GiB, PSS {server['pss_bytes'] / 2**30:.2f} GiB"

@@ -98,10 +98,8 @@ def wait_until_ready(process: Any, url: str, log: Path) -> None:
 def run(flags: list[str], quantized: Path, log: Path) -> None:
     """Be the worker."""
     from vllm.v1.engine import utils
-    from vllm.v1.engine.core import EngineCoreProc
 
     from ipex_vllm import worker
-    from ipex_vllm.engines import vllm_failure
     from ipex_vllm.low_bit.kernels import experts
     from ipex_vllm.low_bit.linear import make_linear
     from ipex_vllm.low_bit.vllm import linear
@@ -109,15 +107,7 @@ def run(flags: list[str], quantized: Path, log: Path) -> None:
     with log.open("wb") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    # On CPUs vLLM spawns its processes, and the worker counts on that: a forked one has the function replaced already.
     utils.get_mp_context = lambda: FORK
-    core, ours = EngineCoreProc.run_engine_core, vllm_failure.run_engine_core
-
-    def run_engine_core(*arguments: Any, **options: Any) -> None:
-        EngineCoreProc.run_engine_core = staticmethod(core)
-        ours(*arguments, **options)
-
-    vllm_failure.run_engine_core = run_engine_core
     vars(linear)["make_linear"] = noting(make_linear, quantized)
     vars(experts)["pack"] = noting(experts.pack, quantized)
     worker.main(flags)

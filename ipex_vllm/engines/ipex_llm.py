@@ -73,6 +73,8 @@ class IpexLlmEngine(Engine):
         for flag, wish in (("--low-bit-head", options.low_bit_head), ("--low-bit-outer", options.low_bit_outer)):
             if wish is not None:
                 raise OptionError(f"{flag}: with --engine ipex-llm all layers have one format")
+        if options.low_bit_cache is not None:
+            raise OptionError("--low-bit-cache: what the default engine, vLLM's, keeps")
         if options.upstream_kernels:
             raise OptionError("--upstream-kernels: a choice of the default engine, vLLM's")
         formats = [*DTYPE_FORMATS, *DEVICE_FORMATS[options.device]]

@@ -23,14 +23,15 @@ from ipex_vllm.engines.engine import Engine
 from ipex_vllm.engines.generation import ContextOverflow, Delta, Generation, InvalidParameter, RequestError
 from ipex_vllm.engines.template_bound import bound_templates
 from ipex_vllm.engines.tokenization import PromptEncoder
-from ipex_vllm.engines.vllm_devices import DEVICES, bound_threads
+from ipex_vllm.engines.vllm_devices import DEVICES, core_process
 from ipex_vllm.engines.vllm_failure import told_in_one_line
 from ipex_vllm.engines.vllm_images import reads_images, with_images, with_placeholders
 from ipex_vllm.engines.vllm_options import add_listed, keep_listing
 from ipex_vllm.engines.vllm_pooling import embed
 from ipex_vllm.engines.vllm_requests import OutputReader, request_error, sampling_params
 from ipex_vllm.errors import EngineError, OptionError
-from ipex_vllm.low_bit import UPSTREAM_KERNELS, quantization_line, vllm_arguments
+from ipex_vllm.low_bit import LOW_BIT_CACHE, UPSTREAM_KERNELS, quantization_line, vllm_arguments
+from ipex_vllm.machine.facts import user_cache
 from ipex_vllm.options import WorkerOptions
 from ipex_vllm.plan.plan import Demands, Plan, context_line
 
@@ -96,6 +97,8 @@ class VllmEngine(Engine):
             raise OptionError("--lora-modules asks for --enable-lora")
         if args.enable_lora and not options.openai:
             raise OptionError("--enable-lora: adapters belong to the OpenAI API: leave --no-openai out")
+        if options.low_bit_cache is not None and options.low_bit is None:
+            raise OptionError("--low-bit-cache keeps what --low-bit makes of the weights: give that, too")
         try:
             wishes = (options.low_bit_head, options.low_bit_outer)
             vllm_arguments(options.low_bit, options.model_path, options.device, *wishes)
@@ -153,7 +156,7 @@ class VllmEngine(Engine):
             whole = config.model_config.max_model_len
             pace_steps(config, plan.max_stream_gap)
             log_choices = {name: vars(args)[name] for name in ("enable_log_requests", "disable_log_stats")}
-            with bound_threads(config):
+            with core_process(config):
                 engine = cls(AsyncLLM.from_vllm_config(config, **log_choices), args)
             engine._tasks = await engine._llm.get_supported_tasks()
         if plan.context is None and engine.context_length < whole:  # which only vLLM could know
@@ -283,6 +286,10 @@ def apply_low_bit(args: argparse.Namespace, plan: Plan) -> None:
     args.additional_config = {**args.additional_config, **wishes}
     for name, value in chosen.items():
         setattr(args, name, value)
+    if plan.low_bit_cache is not None:
+        os.environ[LOW_BIT_CACHE] = plan.low_bit_cache or str(user_cache() / "low-bit")
+    else:
+        os.environ.pop(LOW_BIT_CACHE, None)
 
 
 def apply_plan(args: argparse.Namespace, plan: Plan) -> None:

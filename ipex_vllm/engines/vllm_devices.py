@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ipex_vllm.errors import OptionError
@@ -14,7 +16,7 @@ from ipex_vllm.options import Device
 from ipex_vllm.plan.plan import Plan
 
 # The engine core computes itself what its only rank has to. vLLM's CPU platform refuses the short name `uni`, because
-# only the executor of many processes binds threads (`bound_threads` does it here), and its two processes wait for each
+# only the executor of many processes binds threads (`core_process` does it here), and its two processes wait for each
 # other by spinning on the cores that compute.
 ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
@@ -64,15 +66,24 @@ DEVICES: dict[Device, VllmDevice] = {
 
 
 @contextlib.contextmanager
-def bound_threads(config: Any) -> Iterator[None]:
-    """Within it, an engine core that computes by itself starts with its OpenMP threads bound to the plan's cores.
+def core_process(config: Any) -> Iterator[None]:
+    """Within it, an engine core that computes by itself starts as a fork, with its OpenMP threads bound to the cores.
 
-    OpenMP reads its variables when a process starts. `config` is vLLM's.
+    A fork has what is imported here, which a new process takes as long to import as this one took, and shares the
+    memory of that. Only Intel's OpenMP can be forked after it has computed; it reads its variables anew then, as it
+    does when a process starts. `config` is vLLM's.
     """
     from vllm.utils.ompmultiprocessing import OMPProcessManager
+    from vllm.v1.engine import utils
 
     if config.parallel_config.distributed_executor_backend != ONE_PROCESS:  # then vLLM does so, for each rank
         yield
         return
     with OMPProcessManager(config).configure_omp_envs(rank=0, local_rank=0):
-        yield
+        original = utils.get_mp_context
+        if "libiomp5.so" in Path("/proc/self/maps").read_text():
+            utils.get_mp_context = lambda: multiprocessing.get_context("fork")
+        try:
+            yield
+        finally:
+            utils.get_mp_context = original

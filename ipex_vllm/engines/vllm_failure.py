@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ipex_vllm.errors import EngineError, OneLine
+from ipex_vllm.lifetime import die_with_parent
 
 CAUSE_FILE = "IPEX_VLLM_START_CAUSE"  # the variable that names it, from the start's begin to its end
 MAX_LENGTH = 400  # characters of a cause; some list all that there is
@@ -90,13 +91,16 @@ SENTENCES = (
 )
 ELSE = "--verbose shows where it happened."
 
+_vllms_own: Callable[..., None] | None = None  # what is replaced during a start; a forked process is within one
+
 
 @contextlib.contextmanager
 def told_in_one_line(model: Path) -> Iterator[None]:
     """Start vLLM on `model` inside of this: what fails in any of its processes is an EngineError that says why."""
     from vllm.v1.engine.core import EngineCoreProc
 
-    original = EngineCoreProc.run_engine_core
+    global _vllms_own
+    _vllms_own = EngineCoreProc.run_engine_core
     with tempfile.TemporaryDirectory(prefix="ipex-vllm-start-") as folder:
         cause = Path(folder) / "cause"
         os.environ[CAUSE_FILE] = str(cause)
@@ -111,7 +115,8 @@ def told_in_one_line(model: Path) -> Iterator[None]:
             told = broken_json(model) or (cause.read_text() if cause.exists() else in_one_line(error))
             raise EngineError(f"vLLM could not start: {told}") from error
         finally:
-            EngineCoreProc.run_engine_core = staticmethod(original)
+            EngineCoreProc.run_engine_core = staticmethod(_vllms_own)
+            _vllms_own = None
             del os.environ[CAUSE_FILE]
 
 
@@ -120,8 +125,11 @@ def run_engine_core(*args: Any, **kwargs: Any) -> None:
     from vllm.v1.engine.core import EngineCoreProc
     from vllm.v1.executor.multiproc_executor import WorkerProc
 
+    if _vllms_own is not None:
+        die_with_parent()  # as the worker's module says to those that are no forks, which import it
+        os.setpgrp()
     WorkerProc.worker_main = staticmethod(worker_main)
-    _run(EngineCoreProc.run_engine_core, *args, **kwargs)
+    _run(_vllms_own or EngineCoreProc.run_engine_core, *args, **kwargs)
 
 
 def worker_main(*args: Any, **kwargs: Any) -> None:

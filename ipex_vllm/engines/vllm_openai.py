@@ -16,13 +16,13 @@ from dataclasses import fields
 from typing import Any
 
 from fastapi import FastAPI
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ipex_vllm.engines.bounds import check_logprobs, check_stops
+from ipex_vllm.engines.bounds import check_logprobs, check_stops, shown
 from ipex_vllm.engines.generation import InternalError, InvalidParameter
 from ipex_vllm.engines.turns import Turn, current_turn
+from ipex_vllm.engines.vllm_openai_errors import refusal, tell_errors
 from ipex_vllm.engines.vllm_parsers import choose_parsers, register_forced_calls
 from ipex_vllm.errors import EngineError, OptionError, root_cause
 
@@ -44,10 +44,6 @@ OURS = {
     "disable_access_log_for_endpoints",
     "disable_uvicorn_access_log",
 }
-POOLING_PATHS = (
-    *("/v1/embeddings", "/v2/embed", "/pooling", "/classify", "/score", "/v1/score"),
-    *("/rerank", "/v1/rerank", "/v2/rerank"),
-)
 OUR_PREFIXES = ("ssl_", "enable_ssl_", "uvicorn_", "h11_", "data_parallel_supervisor_", "dp_supervisor_")
 
 
@@ -132,8 +128,8 @@ async def make_application(llm: Any, args: argparse.Namespace) -> tuple[FastAPI,
     finally:  # one of the packages that it is made of configures logging for the whole process
         root.setLevel(level)
         root.handlers[:] = handlers
-    app.add_exception_handler(HTTPException, not_found)
-    logging.getLogger("vllm.entrypoints.anthropic.api_router").addFilter(is_no_clients_mistake)
+    app.add_api_route("/v1/models/{name:path}", show_model)
+    tell_errors(app)
     app.middleware_stack = app.build_middleware_stack()  # the same package has built it already, without the handler
     # vLLM's error handler tells its server to exit when the engine has died, which the worker sees by itself.
     app.state.server = types.SimpleNamespace(should_exit=False)
@@ -147,25 +143,14 @@ async def make_application(llm: Any, args: argparse.Namespace) -> tuple[FastAPI,
     return app, asyncio.create_task(log_statistics())
 
 
-def is_no_clients_mistake(record: logging.LogRecord) -> bool:
-    """Whether a record is worth a traceback: for Anthropic's API vLLM 0.32 logs every request that it refuses."""
-    from vllm.exceptions import VLLMClientError
-
-    error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
-    return not isinstance(error, (ValueError, VLLMClientError))
-
-
-async def not_found(request: Request, error: Exception) -> Response:
-    """What the router has no endpoint for, in OpenAI's form."""
-    assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    if error.status_code == 404 and request.url.path in POOLING_PATHS:
-        message = (
-            "This worker's model generates text. Embeddings and scores come from a model that is started with "
-            "--runner pooling."
-        )
-    content = {"error": {"message": message, "type": "NotFoundError", "param": None, "code": error.status_code}}
-    return JSONResponse(content, error.status_code, error.headers)
+async def show_model(request: Request, name: str) -> Response:
+    """OpenAI's question after one model, which vLLM 0.32 has no answer for."""
+    models = await request.app.state.openai_serving_models.show_available_models()
+    for model in models.data:
+        if model.id == name:
+            return JSONResponse(model.model_dump())
+    served = ", ".join(model.id for model in models.data)
+    return refusal(request, 404, f"The model {shown(name)} is not served here; {served} is.", "model")
 
 
 class TurnTakingClient:

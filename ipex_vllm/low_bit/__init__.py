@@ -13,6 +13,9 @@ from ipex_vllm.machine.gguf import find_files
 
 # The entry of vLLM's `additional_config` that leaves quantized checkpoints to its own kernels.
 UPSTREAM_KERNELS = "ipex_vllm_upstream_kernels"
+# The variable of vLLM's processes that names the folder of `vllm/packed_cache.py`. It is none of vLLM's arguments, of
+# which another value has the model compiled anew.
+LOW_BIT_CACHE = "IPEX_VLLM_LOW_BIT_CACHE"
 
 
 def choose_format(low_bit: str | None, head: str | None, device: str, outer: str | None = None) -> Format | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Self
 
 import torch
 from torch import nn
@@ -62,8 +63,7 @@ class LowBitExperts(nn.Module):
         Raises ValueError for weights that are not finite or too large for the scale.
         """
         super().__init__()
-        self.format, self.storage = storage.gate_up.format, storage
-        self.activation = kernel.ACTIVATIONS[activation]
+        self.describe(storage, activation)
         for index, (gate, up, down) in enumerate(experts):
             halves = [quantized(half, storage.gate_up) for half in (gate, up)]
             for name, weight in (("gate_up", in_turn(*halves)), ("down", quantized(down, storage.down))):
@@ -79,6 +79,24 @@ class LowBitExperts(nn.Module):
         self.register_buffer("gate_up_bias", gate_up_bias, persistent=False)
         down_bias = None if down_bias is None else down_bias.detach().float().contiguous()
         self.register_buffer("down_bias", down_bias, persistent=False)
+
+    @classmethod
+    def of_buffers(
+        cls, storage: ExpertStorage, activation: str, intermediate: int, buffers: Mapping[str, torch.Tensor]
+    ) -> Self:
+        """A layer of the `named_buffers` of another."""
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.describe(storage, activation)
+        self.intermediate = intermediate
+        for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
+            self.register_buffer(name, buffers.get(name), persistent=False)
+        return self
+
+    def describe(self, storage: ExpertStorage, activation: str) -> None:
+        """Set what depends on no weight."""
+        self.format, self.storage = storage.gate_up.format, storage
+        self.activation = kernel.ACTIVATIONS[activation]
 
     def forward(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """The experts `ids` [tokens, chosen] of x [tokens, hidden], each times its weight, summed."""

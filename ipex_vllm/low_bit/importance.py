@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from ipex_vllm.machine.checkpoint import weight_files
+from ipex_vllm.machine.checkpoint import stamps, weight_files
 from ipex_vllm.machine.facts import user_cache
 from ipex_vllm.machine.memory import give_memory_back
 
@@ -213,9 +213,8 @@ def inputs_given_to(modules: Mapping[str, nn.Module], add: Callable[[str, torch.
 def _cache_file(folder: Path) -> Path:
     """Where the importance of these very files is kept."""
     key = hashlib.sha256(f"{METHOD} {NUM_TOKENS} {version('transformers')}".encode())
-    for file in (*weight_files(folder), folder / "config.json"):
-        facts = file.stat()
-        key.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+    for stamp in stamps(folder):
+        key.update(f"{stamp}\n".encode())
     return user_cache() / "importance" / f"{folder.resolve().name[:64]}-{key.hexdigest()[:16]}.safetensors"
 
 

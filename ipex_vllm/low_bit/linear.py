@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -44,6 +45,28 @@ def choose_kernel(format: Format, group_size: int | None, out_features: int, dty
 def make_linear(weight: QuantizedWeight, dtype: torch.dtype) -> LowBitLinear:
     """Pack `weight` for the chosen kernel; `dtype` is that of the activations."""
     return choose_kernel(weight.format, weight.group_size, len(weight.codes), dtype)(weight, dtype)
+
+
+def describe(linear: LowBitLinear) -> dict[str, Any]:
+    """What `open_linear` needs to know of a layer beside its buffers, for JSON."""
+    shape = [linear.out_features, linear.in_features]
+    return {"kernel": linear.kernel, "format": linear.format.name, "group_size": linear.group_size, "shape": shape}
+
+
+def open_linear(
+    about: Mapping[str, Any],
+    buffers: Mapping[str, torch.Tensor],
+    format: Format,
+    group_size: int | None,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> LowBitLinear | None:
+    """The layer that was described so; None where such a weight would be another layer today."""
+    kernel = choose_kernel(format, group_size, shape[0], dtype)
+    expected = {"kernel": kernel.kernel, "format": format.name, "group_size": group_size, "shape": list(shape)}
+    if about != expected or not kernel.is_packed:
+        return None
+    return kernel.of_buffers(format, group_size, *shape, buffers)
 
 
 def summarize(layers: Sequence[LowBitLinear | LowBitExperts]) -> Iterator[str]:

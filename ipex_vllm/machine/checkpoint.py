@@ -29,6 +29,12 @@ def weight_files(folder: Path) -> list[Path]:
     return files or sorted(folder.glob("*.gguf"))
 
 
+def stamps(folder: Path) -> list[str]:
+    """The name, size and time of change of each file that a model directory's weights are made of."""
+    files = ((file.name, file.stat()) for file in (*weight_files(folder), folder / "config.json"))
+    return [f"{name} {facts.st_size} {facts.st_mtime_ns}" for name, facts in files]
+
+
 def is_mistrals(file: Path) -> bool:
     return file.name.startswith("consolidated")
 

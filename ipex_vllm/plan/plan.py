@@ -50,6 +50,7 @@ class Plan:
         names: names that clients may use.
         low_bit: format of the weights, as chosen by the user or for this machine; None for the checkpoint's own.
         low_bit_head, low_bit_outer: the output head's and the outer layers', where the user chose them.
+        low_bit_cache: the folder that keeps quantized weights, "" for the usual one; None where none does.
         upstream_kernels: a checkpoint that is quantized already is left to the engine's own kernels.
         rank_cores: for each rank of tensor and pipeline parallelism, the logical CPUs that compute.
         kv_cache_bytes: KV cache of one rank.
@@ -68,6 +69,7 @@ class Plan:
     low_bit: str | None
     low_bit_head: str | None = None
     low_bit_outer: str | None = None
+    low_bit_cache: str | None = None
     upstream_kernels: bool = False
     rank_cores: tuple[tuple[int, ...], ...]
     kv_cache_bytes: int

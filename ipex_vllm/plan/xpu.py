@@ -97,6 +97,7 @@ def choose(
         low_bit=options.low_bit,
         low_bit_head=options.low_bit_head,
         low_bit_outer=options.low_bit_outer,
+        low_bit_cache=options.low_bit_cache,
         upstream_kernels=options.upstream_kernels,
         rank_cores=(tuple(cpu.id for cpu in gpus.machine.cpus),) * num_ranks,
         kv_cache_bytes=kv_cache_bytes,

@@ -8,6 +8,8 @@ import json
 from fastapi.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ipex_vllm.engines import anthropic_errors
+from ipex_vllm.engines.anthropic_errors import anthropic_error
 from ipex_vllm.engines.generation import ContextOverflow, InternalError, InvalidParameter, RequestError
 from ipex_vllm.serving.core import InvalidModel, Unauthorized
 from ipex_vllm.serving.events import error_event, error_response
@@ -24,9 +26,6 @@ STATUS: dict[type[RequestError], int] = {
     InternalError: 500,
 }
 RETRY_AFTER_S = 1
-ANTHROPIC = "/v1/messages"  # and what is below
-ANTHROPIC_KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error"}
-ANTHROPIC_KINDS |= {429: "overloaded_error", 500: "api_error"}
 FASTCHAT = ("/worker_", "/count_token", "/model_details", "/health", "/ready", "/metrics")
 
 
@@ -38,23 +37,19 @@ def refusal(path: str, error: RequestError) -> Response:
     if path.startswith(FASTCHAT):
         return JSONResponse(error_payload(error), status if isinstance(error, Unauthorized) else 200)
     headers = {"retry-after": str(RETRY_AFTER_S)} if isinstance(error, Overloaded) else None
-    if path.startswith(ANTHROPIC):
-        return JSONResponse(_anthropic(error), status, headers)
+    if path.startswith(anthropic_errors.PATH):
+        return JSONResponse(anthropic_error(status, str(error)), status, headers)
     return error_response(status, str(error), headers=headers)
 
 
 def last_event(path: str, error: RequestError) -> bytes:
     """The end of a stream of server-sent events that has begun."""
-    if path.startswith(ANTHROPIC):
-        return b"event: error\ndata: " + json.dumps(_anthropic(error)).encode() + b"\n\n"
+    if path.startswith(anthropic_errors.PATH):
+        return b"event: error\ndata: " + json.dumps(anthropic_error(STATUS[type(error)], str(error))).encode() + b"\n\n"
     if path.startswith("/v1/responses"):
         event = {"type": "error", "code": "server_error", "message": str(error), "param": None}
         return b"event: error\ndata: " + json.dumps(event).encode() + b"\n\n"
     return error_event(error_response(STATUS[type(error)], str(error)))
-
-
-def _anthropic(error: RequestError) -> dict[str, object]:
-    return {"type": "error", "error": {"type": ANTHROPIC_KINDS[STATUS[type(error)]], "message": str(error)}}
 
 
 class BearerToken:

@@ -94,6 +94,19 @@ def test_compare(model: Path, tmp_path: Path, resident: bool) -> None:
     assert "src=" not in html
 
 
+@pytest.mark.parametrize(("precision", "is_reached"), [(1e-9, False), (1e9, True)])
+def test_rounds_go_on_until_the_intervals_are_narrow_or_time_is_up(
+    model: Path, tmp_path: Path, precision: float, is_reached: bool
+) -> None:
+    wishes = {"rounds": 2, "noise_rounds": 2, "precision": precision, "minutes": 0.05}
+    systems = {"quick": "fastchat 0.001", "slow": "fastchat 0.002"}
+    spec = write_spec(tmp_path / "spec.yaml", model, systems, resident=True, **wishes)
+    done = bench("benchmarks.compare", spec)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])["workloads"]["c2"]["systems"]["slow"]["metrics"]["output_tps"]
+    assert (len(figures["values"]) == 2) == is_reached
+
+
 def test_an_absent_system_is_said_and_left_out(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMA_SERVER", "/nowhere/llama-server")
     spec = write_spec(tmp_path / "spec.yaml", model, {"quick": "fastchat 0"}, rounds=2)

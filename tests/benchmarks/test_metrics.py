@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks.load.metrics import (
     Slo,
     Timeline,
     common_prefix_share,
+    distribution,
     e2e,
     itl,
     output_tokens_between,
@@ -133,7 +135,28 @@ def test_no_output_rate_without_any_count() -> None:
 def test_percentiles_interpolate() -> None:
     runs = [timeline(session=i, scheduled=2.0 - 0.1 * i, started=2.0) for i in range(11)]  # TTFT 0, 0.1 ... 1
     values = summarize(runs, NO_SLO)["ttft_s"]
-    assert values == pytest.approx({"mean": 0.5, "p50": 0.5, "p90": 0.9, "p99": 0.99})
+    assert values.pop("p50_interval") == pytest.approx([0.1, 0.8]), "the second and the ninth"
+    low, high = values.pop("p90_interval")
+    assert (low, high) == (pytest.approx(0.6), None), "what lies above the ninth tenth may be more than any of these"
+    assert values == pytest.approx({"mean": 0.5, "max": 1, "p50": 0.5, "p90": 0.9})
+
+
+def test_a_percentile_that_no_value_lies_beyond_is_not_told() -> None:
+    few, many = (distribution([index / 100 for index in range(count)]) for count in (99, 1000))
+    assert few is not None
+    assert many is not None
+    assert "p99" not in few
+    assert many["p99"] == pytest.approx(9.8901)
+    low, high = many["p99_interval"]
+    assert 9.80 < low < many["p99"] < high < 9.98
+
+
+def test_the_interval_of_a_percentile_holds_it_as_often_as_it_says() -> None:
+    random = np.random.default_rng(0)
+    samples = [distribution(random.exponential(size=200)) for _ in range(1000)]
+    hits = [sample["p90_interval"] for sample in samples if sample is not None]
+    share = sum(low < math.log(10) < high for low, high in hits) / len(hits)
+    assert 0.93 < share < 0.98
 
 
 def test_goodput_counts_requests_that_meet_every_objective() -> None:

@@ -1,6 +1,7 @@
 """A worker as a process: how it starts, refuses to start, drains and dies. On a random model: no answer matters."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -125,7 +126,7 @@ def engine_core(tree: list[psutil.Process]) -> psutil.Process:
     return next(child for child in tree if "EngineCor" in child.name() + " ".join(child.cmdline()))
 
 
-def test_one_rank_computes_in_the_engines_own_process_and_a_killed_worker_leaves_none(
+def test_one_rank_computes_in_the_engines_own_process_a_fork_and_a_killed_worker_leaves_none(
     model: str, tmp_path: Path
 ) -> None:
     cores = sorted(os.sched_getaffinity(0))
@@ -137,6 +138,9 @@ def test_one_rank_computes_in_the_engines_own_process_and_a_killed_worker_leaves
         alone_on = [*(mask for task in tasks if len(mask := os.sched_getaffinity(int(task.name))) == 1)]
         for core in cores:
             assert {core} in alone_on, "a thread for each core that the plan has, bound to it"
+        memory = Path(f"/proc/{engine_core(tree).pid}/smaps_rollup").read_text()
+        (shared,) = re.findall(r"^Shared_Dirty: +(\d+) kB", memory, re.MULTILINE)
+        assert int(shared) > 100_000, "what the worker has imported is there, and not a second time"
         running.process.kill()
         running.process.wait()
         assert not psutil.wait_procs(tree, timeout=20)[1]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Self
+
 import torch
 from torch import nn
 
@@ -21,6 +24,7 @@ class LowBitLinear(nn.Module):
         dtypes: those of the activations.
         group_sizes: how many inputs may share a scale, None for all of an output channel's; empty for any number.
         outputs_multiple: what out_features must be a multiple of.
+        is_packed: whether `describe` and the buffers are all that makes a layer, so that `of_buffers` can.
         has_rows: whether `rows` writes rows of its packed weight out, so that an embedding can share it.
     """
 
@@ -29,6 +33,7 @@ class LowBitLinear(nn.Module):
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
     group_sizes: tuple[int | None, ...] = ()
     outputs_multiple = 1
+    is_packed = False
     has_rows = False
 
     @classmethod
@@ -57,10 +62,30 @@ class LowBitLinear(nn.Module):
 
     def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
         super().__init__()
+        self.describe(weight.format, weight.group_size, *weight.codes.shape)
         self.register_buffer("input_scales", weight.input_scales, persistent=False)
-        self.format = weight.format
-        self.group_size = weight.group_size
-        self.out_features, self.in_features = weight.codes.shape
+
+    @classmethod
+    def of_buffers(
+        cls,
+        format: Format,
+        group_size: int | None,
+        out_features: int,
+        in_features: int,
+        buffers: Mapping[str, torch.Tensor],
+    ) -> Self:
+        """A layer of a kernel that `is_packed`, of the `named_buffers` of another."""
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.describe(format, group_size, out_features, in_features)
+        for name, buffer in {"input_scales": None, **buffers}.items():
+            self.register_buffer(name, buffer, persistent=False)
+        return self
+
+    def describe(self, format: Format, group_size: int | None, out_features: int, in_features: int) -> None:
+        """Set all that is no buffer."""
+        self.format, self.group_size = format, group_size
+        self.out_features, self.in_features = out_features, in_features
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         # A compiler makes this a part of whatever computed x.

@@ -8,6 +8,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from ipex_vllm.low_bit.formats import Format
 from ipex_vllm.low_bit.kernels import native
 from ipex_vllm.low_bit.kernels.base import LowBitLinear
 from ipex_vllm.low_bit.quantize import QuantizedWeight
@@ -155,6 +156,7 @@ class W4A8Linear(LowBitLinear):
     kernel = "w4a8"
     formats = ("sym_int4", "asym_int4", *TABLES)
     group_sizes = GROUP_SIZES
+    is_packed = True
     packed: torch.Tensor
 
     @classmethod
@@ -164,11 +166,14 @@ class W4A8Linear(LowBitLinear):
     def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
         super().__init__(weight, dtype)
         mins = None if weight.mins is None else weight.mins.float()
-        assert weight.group_size is not None
-        self.inputs_per_scale = weight.group_size
-        self.table = TABLES.get(self.format.name, 0)
         scales = weight.scales.float() / UNITS.get(self.format.name, 1)
         self.register_buffer("packed", pack(weight.codes, scales, mins), persistent=False)
+
+    def describe(self, format: Format, group_size: int | None, out_features: int, in_features: int) -> None:
+        super().describe(format, group_size, out_features, in_features)
+        assert group_size is not None
+        self.inputs_per_scale = group_size
+        self.table = TABLES.get(format.name, 0)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         symmetric = self.format.symmetric

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ipex_vllm.low_bit.formats import Format
 from ipex_vllm.low_bit.kernels import native
 from ipex_vllm.low_bit.kernels.base import LowBitLinear
 from ipex_vllm.low_bit.quantize import QuantizedWeight
@@ -124,6 +125,7 @@ class W8A16Linear(LowBitLinear):
     kernel = "w8a16"
     formats = ("fp8_e4m3", "fp8_e5m2")
     group_sizes = (*GROUP_SIZES, None)
+    is_packed = True
     packed: torch.Tensor
 
     @classmethod
@@ -133,7 +135,10 @@ class W8A16Linear(LowBitLinear):
     def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
         super().__init__(weight, dtype)
         self.register_buffer("packed", pack(weight.codes, weight.scales), persistent=False)
-        self.weight_dtype = weight.codes.dtype
+
+    def describe(self, format: Format, group_size: int | None, out_features: int, in_features: int) -> None:
+        super().describe(format, group_size, out_features, in_features)
+        self.weight_dtype: torch.dtype = getattr(torch, str(format.dtype))
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return linear(x, self.packed, bias, self.out_features, self.group_size or ROW, self.weight_dtype)

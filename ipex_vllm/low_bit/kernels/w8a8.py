@@ -8,6 +8,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from ipex_vllm.low_bit.formats import Format
 from ipex_vllm.low_bit.kernels import native
 from ipex_vllm.low_bit.kernels.base import LowBitLinear
 from ipex_vllm.low_bit.quantize import QuantizedWeight
@@ -136,6 +137,7 @@ class W8A8Linear(LowBitLinear):
     kernel = "w8a8"
     formats = ("sym_int8",)
     group_sizes = (None, *GROUP_SIZES)
+    is_packed = True
     packed: torch.Tensor
 
     @classmethod
@@ -144,9 +146,12 @@ class W8A8Linear(LowBitLinear):
 
     def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
         super().__init__(weight, dtype)
-        self.inputs_per_scale = weight.group_size or ROW
-        self.has_rows = self.inputs_per_scale != ROW
         self.register_buffer("packed", pack(weight.codes, weight.scales.float()), persistent=False)
+
+    def describe(self, format: Format, group_size: int | None, out_features: int, in_features: int) -> None:
+        super().describe(format, group_size, out_features, in_features)
+        self.inputs_per_scale = group_size or ROW
+        self.has_rows = self.inputs_per_scale != ROW
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return linear(x, self.packed, bias, self.out_features, self.inputs_per_scale)

@@ -22,6 +22,7 @@ from ipex_vllm.low_bit.readers import ipex_llm, ours
 from ipex_vllm.low_bit.recipe import Recipe, on_load
 from ipex_vllm.low_bit.vllm.experts import experts_method
 from ipex_vllm.low_bit.vllm.linear import EmbeddingMethod, LowBitMethod, OpenSaved, QuantizeOnLoad
+from ipex_vllm.low_bit.vllm.packed_cache import PackedCache
 from ipex_vllm.low_bit.vllm.progress import Progress
 
 
@@ -105,9 +106,10 @@ class LowBitConfig(OwnConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if self.recipe is None:  # a vLLM config is at hand only while the model is built
             self.recipe = recipe_on_load(self.format)
+            self.progress.cache = PackedCache.of_the_model(self.recipe, self.importance_file)
         if isinstance(layer, LinearBase | ParallelLMHead):
             found = importance.find(self.importances, prefix, self.packed_modules_mapping)
-            return self.method(self.recipe, self.progress, prefix, found)
+            return self.method(self.recipe, self.progress, prefix, found, self.progress.cache)
         if isinstance(layer, VocabParallelEmbedding):
             return EmbeddingMethod(self.recipe, self.progress, prefix)
         if isinstance(layer, RoutedExperts):

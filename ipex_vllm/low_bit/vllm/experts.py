@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from vllm.platforms import current_platform
 from ipex_vllm.low_bit.experts import Expert, LowBitExperts
 from ipex_vllm.low_bit.kernels import experts as kernel
 from ipex_vllm.low_bit.recipe import ExpertStorage, Recipe
-from ipex_vllm.low_bit.vllm.linear import Kept
+from ipex_vllm.low_bit.vllm.linear import Kept, skip
 from ipex_vllm.low_bit.vllm.progress import Progress
 from ipex_vllm.machine.memory import forget_pages
 
@@ -38,7 +38,7 @@ def experts_method(layer: RoutedExperts, recipe: Recipe, progress: Progress, pre
     reason = storage if isinstance(storage, str) else unsuitable_reason(layer)
     if reason is None:
         assert isinstance(storage, ExpertStorage)
-        return QuantizeExpertsOnLoad(config, storage, progress)
+        return QuantizeExpertsOnLoad(config, storage, progress, prefix)
     progress.keep_layer(prefix, reason)
     return KeptExpertsMethod(progress, config)
 
@@ -100,12 +100,21 @@ def loading(layer: RoutedExperts) -> Callable[..., bool | None]:
     return load
 
 
+def take_nothing(layer: RoutedExperts, names: Iterable[str], weight_loader: Callable[..., bool]) -> None:
+    """Give a layer empty parameters, whose loader says whether what it is offered is this layer's."""
+    for name in list(names):
+        parameter = WholeCopies(torch.empty(0), requires_grad=False)
+        parameter.weight_loader = weight_loader
+        setattr(layer, name, parameter)
+
+
 class QuantizeExpertsOnLoad(OnlineMoEMethodBase):  # type: ignore[misc]
     """Packs a layer's experts one by one, as soon as the last of the layer's weights has been read."""
 
-    def __init__(self, moe: Any, storage: ExpertStorage, progress: Progress) -> None:
+    def __init__(self, moe: Any, storage: ExpertStorage, progress: Progress, prefix: str) -> None:
         super().__init__(moe)
-        self.storage, self.progress = storage, progress
+        self.storage, self.progress, self.prefix = storage, progress, prefix
+        self.is_done = False
 
     @property
     def supports_eplb(self) -> bool:
@@ -120,19 +129,36 @@ class QuantizeExpertsOnLoad(OnlineMoEMethodBase):  # type: ignore[misc]
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
+        self.progress.expect_layer()
+        self.about = {
+            "kernel": LowBitExperts.kernel,
+            "storage": repr(self.storage),
+            "shape": [num_experts, hidden_size, intermediate_size_per_partition],
+        }
+        found = None if self.progress.cache is None else self.progress.cache.read(self.prefix)
+        if found is not None and found[0] == self.about:
+            layer.low_bit = LowBitExperts.of_buffers(
+                self.storage, ACTIVATIONS[layer.activation], intermediate_size_per_partition, found[1]
+            )
+            names = ("w13_weight", "w2_weight", *(("w13_bias", "w2_bias") if self.moe.has_bias else ()))
+            take_nothing(layer, names, skip)
+            return
         extra_weight_attrs["weight_loader"] = loading(layer)
         arguments = (num_experts, hidden_size, intermediate_size_per_partition, params_dtype)
         super().create_weights(layer, *arguments, **extra_weight_attrs)
         for parameter in layer.parameters(recurse=False):
             parameter.__class__ = WholeCopies
-        self.progress.expect_layer()
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
         return None
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         # vLLM calls this once when the layer is complete, and for all layers at the end.
-        if hasattr(layer, "low_bit"):
+        if self.is_done:
+            return
+        self.is_done = True
+        if hasattr(layer, "low_bit"):  # as an earlier start has packed it
+            self.progress.finish_layer(layer.low_bit)
             return
         self._zero_padding(layer)
         biases: tuple[torch.Tensor, ...] = ()
@@ -145,12 +171,11 @@ class QuantizeExpertsOnLoad(OnlineMoEMethodBase):  # type: ignore[misc]
             ACTIVATIONS[layer.activation],
             *biases,
         )
-        for name in list(layer._parameters):
-            if name.startswith(("w13_", "w2_")):
-                # vLLM goes on to offer the experts of other ranks, which has to find something.
-                parameter = WholeCopies(torch.empty(0), requires_grad=False)
-                parameter.weight_loader = lambda *arguments, **options: False
-                setattr(layer, name, parameter)
+        # vLLM goes on to offer the experts of other ranks, which has to find something.
+        names = [name for name in layer._parameters if name.startswith(("w13_", "w2_"))]
+        take_nothing(layer, names, lambda *arguments, **options: False)
+        if self.progress.cache is not None:
+            self.progress.cache.write(self.prefix, self.about, dict(layer.low_bit.named_buffers()))
         self.progress.finish_layer(layer.low_bit)
 
     def gate_and_up(self, layer: RoutedExperts, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,9 +22,10 @@ from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScalePa
 
 from ipex_vllm.low_bit.kernels.base import LowBitLinear
 from ipex_vllm.low_bit.layout import from_tensors, meta_tensors
-from ipex_vllm.low_bit.linear import make_linear
+from ipex_vllm.low_bit.linear import describe, make_linear, open_linear
 from ipex_vllm.low_bit.quantize import QuantizedWeight, quantize
 from ipex_vllm.low_bit.recipe import Recipe, Storage
+from ipex_vllm.low_bit.vllm.packed_cache import PackedCache
 from ipex_vllm.low_bit.vllm.progress import Progress
 from ipex_vllm.machine.memory import forget_pages
 
@@ -95,6 +96,11 @@ def forgetting(weight_loader: Callable[..., None]) -> Callable[..., None]:
     return load
 
 
+def skip(*_: Any, **__: Any) -> bool:
+    """A weight loader for what is there already: the checkpoint's tensor is not read."""
+    return True
+
+
 def own_part(importance: torch.Tensor | None, input_size: int, part: int) -> torch.Tensor | None:
     """The importance of this rank's `part` of a layer's inputs; None where what was measured is another layer's."""
     if importance is None or len(importance) != input_size:
@@ -110,11 +116,20 @@ class LowBitMethod(LinearMethodBase):  # type: ignore[misc]
     uses_meta_device = True
     storage: Storage
 
-    def __init__(self, recipe: Recipe, progress: Progress, prefix: str, importance: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        progress: Progress,
+        prefix: str,
+        importance: torch.Tensor | None,
+        cache: PackedCache | None = None,
+    ) -> None:
         self.recipe = recipe
         self.progress = progress
         self.prefix = prefix
         self.importance = importance  # of all inputs of the layer, whatever part of them this rank has
+        self.cache = cache
+        self.kept: LowBitLinear | None = None  # what an earlier start has made of the layer
         self.embedding_layer: Any = None
         config = get_current_vllm_config_or_none()
         self.has_adapters = config is not None and config.lora_config is not None
@@ -150,12 +165,18 @@ class LowBitMethod(LinearMethodBase):  # type: ignore[misc]
         self.storage = storage
         self.importance = own_part(self.importance, input_size, input_size_per_partition)
         layer.low_bit_dtype = params_dtype
-        for name, parameter in self.parameters(
-            sum(output_partition_sizes), input_size_per_partition, params_dtype, forgetting(weight_loader)
-        ):
+        shape = (sum(output_partition_sizes), input_size_per_partition)
+        self.kept = self.find_kept(shape, params_dtype)
+        loader = forgetting(weight_loader) if self.kept is None else skip
+        for name, parameter in self.parameters(*shape, params_dtype, loader):
             layer.register_parameter(name, parameter)
-        initialize_online_processing(layer)
+        if self.kept is None:
+            initialize_online_processing(layer)
         self.progress.expect_layer()
+
+    def find_kept(self, shape: tuple[int, int], dtype: torch.dtype) -> LowBitLinear | None:
+        found = None if self.cache is None else self.cache.read(self.prefix)
+        return found and open_linear(*found, self.storage.format, self.storage.group_size, shape, dtype)
 
     def unsplit_inputs(self, input_size: int, input_size_per_partition: int) -> int:
         """How many inputs the groups have to divide."""
@@ -189,16 +210,24 @@ class LowBitMethod(LinearMethodBase):  # type: ignore[misc]
             return
         if hasattr(layer, "low_bit"):
             return
-        if self.embedding_layer is not None:
-            weight = self.quantize(self.embedding_layer.weight)
-        else:
-            weight = self.quantized_weight(layer)
-            self.drop_parameters(layer)
-        layer.low_bit = make_linear(weight, layer.low_bit_dtype)
+        layer.low_bit = self.kept or self.made(layer)
+        self.kept = None
+        self.drop_parameters(layer)
         if self.has_adapters:
             # An adapter's layer (LoRA) asks the one that it wraps for the device and the dtype of its weight.
-            layer.weight = torch.empty(0, dtype=layer.low_bit_dtype, device=weight.codes.device)
+            device = next(layer.low_bit.buffers()).device
+            layer.weight = torch.empty(0, dtype=layer.low_bit_dtype, device=device)
         self.progress.finish_layer(layer.low_bit)
+
+    def made(self, layer: Any) -> LowBitLinear:
+        """What the layer's weight becomes, which the cache keeps."""
+        is_tied = self.embedding_layer is not None
+        weight = self.quantize(self.embedding_layer.weight) if is_tied else self.quantized_weight(layer)
+        self.drop_parameters(layer)  # before it is packed: that much less memory at once
+        linear = make_linear(weight, layer.low_bit_dtype)
+        if self.cache is not None and linear.is_packed:
+            self.cache.write(self.prefix, describe(linear), dict(linear.named_buffers()))
+        return linear
 
     def quantize(self, weight: torch.Tensor) -> QuantizedWeight:
         return quantize(

@@ -14,6 +14,7 @@ from ipex_vllm.low_bit.experts import LowBitExperts
 from ipex_vllm.low_bit.kernels.base import LowBitLinear
 from ipex_vllm.low_bit.linear import summarize
 from ipex_vllm.low_bit.recipe import summarize_kept
+from ipex_vllm.low_bit.vllm.packed_cache import PackedCache
 from ipex_vllm.machine.memory import give_memory_back
 
 # vLLM configures the loggers below its own name only.
@@ -32,6 +33,7 @@ class Progress:
         self.bar: tqdm[Any] | None = None
         self.finished: list[LowBitLinear | LowBitExperts] = []
         self.kept: list[tuple[str, str]] = []
+        self.cache: PackedCache | None = None
 
     def expect_layer(self) -> None:
         self.expected += 1
@@ -63,6 +65,8 @@ class Progress:
             self.report_kernels(self.finished)
             self.finished.clear()
             self.report_kept_layers()
+            if self.cache is not None:
+                self.cache.finish()
             give_memory_back()
 
     def report_kernels(self, layers: Sequence[LowBitLinear | LowBitExperts]) -> None:

@@ -56,6 +56,9 @@ def metric(service: Service, name: str) -> float:
 def test_models(client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
     assert model.id == "demo"
+    assert client.models.retrieve("demo").max_model_len == model.max_model_len  # type: ignore[attr-defined]
+    with pytest.raises(openai.NotFoundError, match="'nothing' is not served here; demo is"):
+        client.models.retrieve("nothing")
 
 
 def test_chat_says_the_same_streamed_with_usage_and_by_fastchats_server(
@@ -74,6 +77,26 @@ def test_chat_says_the_same_streamed_with_usage_and_by_fastchats_server(
     with openai_client(service.api_url) as beside:
         by_fastchat = beside.chat.completions.create(model="demo", messages=QUESTION, temperature=0)
     assert by_fastchat.choices[0].message.content == text
+
+
+@pytest.mark.parametrize("server", ["worker_url", "api_url"])
+def test_what_fastchats_own_test_of_its_api_asks(service: Service, server: str) -> None:
+    """Its tests/test_openai_api.py, which comes in no package: each of its questions, of both servers."""
+    hello: list[Any] = [{"role": "user", "content": "Hello! What is your name?"}]
+    with openai_client(getattr(service, server)) as client:
+        (model,) = (model.id for model in client.models.list())
+        asked: Any = {"model": model, "prompt": "Once upon a time", "max_tokens": 64, "temperature": 0}
+        whole = client.completions.create(**asked, logprobs=1)
+        assert whole.choices[0].logprobs is not None
+        assert len(whole.choices[0].logprobs.token_logprobs or ()) == whole.usage.completion_tokens  # type: ignore
+        parts = [chunk.choices[0].text for chunk in client.completions.create(**asked, stream=True)]
+        assert "".join(parts) == whole.choices[0].text
+        said = client.chat.completions.create(model=model, messages=hello, temperature=0).choices[0].message.content
+        chunks = client.chat.completions.create(model=model, messages=hello, temperature=0, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == said
+        assert said
+        with pytest.raises(openai.APIError, match="--runner pooling"):
+            client.embeddings.create(model=model, input="Hello world!")
 
 
 def test_logprobs_and_several_choices(client: openai.OpenAI) -> None:
@@ -234,6 +257,13 @@ def test_errors_have_the_form_that_the_clients_read(
     with pytest.raises(anthropic.BadRequestError, match="2048"):
         claude.messages.create(model="demo", max_tokens=1, messages=[{"role": "user", "content": "word " * 9000}])
     assert "Error in create_messages" not in service.output, "a client's mistake is told to the client alone"
+    wrong = [{"role": "user", "content": 5, "x" * 5000: [1] * 5000}] * 50
+    with pytest.raises(openai.BadRequestError, match=r"400.*messages\.0.*and \d+ more") as many:
+        client.chat.completions.create(model="demo", messages=wrong, logprobs="p" * 9000)  # type: ignore[call-overload]
+    with pytest.raises(anthropic.BadRequestError, match=r"messages\.0\.content: Input should be") as one:
+        claude.messages.create(model="demo", max_tokens=1, messages=wrong)  # type: ignore[arg-type]
+    assert one.value.body["error"]["type"] == "invalid_request_error"  # type: ignore[index]
+    assert max(len(str(error.value)) for error in (many, one)) < 1500
     unknown = httpx.get(str(client.base_url) + "nothing", trust_env=False)
     assert (unknown.status_code, unknown.json()["error"]["type"]) == (404, "NotFoundError")
 
