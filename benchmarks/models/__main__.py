@@ -27,6 +27,8 @@ from benchmarks.models.report import FLOAT, FORMATS, is_expected, write
 from benchmarks.models.served import FORK, ask
 from benchmarks.models.zoo import ARCHITECTURES
 from ipex_vllm.low_bit import importance
+from ipex_vllm.machine.facts import MachineFacts
+from ipex_vllm.plan import cpu
 
 T = TypeVar("T")
 
@@ -39,6 +41,7 @@ def main() -> int:
     parser.add_argument("--verbose", action="store_true", help="show what the workers log, and tracebacks")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
+    cpu.apply(MachineFacts.probe())  # Intel's OpenMP: with GNU's nothing that has computed can be forked
     import_all()
     results = []
     cores = FORK.SimpleQueue()

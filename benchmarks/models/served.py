@@ -1,6 +1,6 @@
 """A worker for one model, as `python -m ipex_vllm.worker` runs it, and what it answers over HTTP.
 
-The worker's program and its engine's process are forked instead of started, so that what they import is there.
+The worker's program is forked instead of started, as its engine's process always is, so that what they import is there.
 """
 
 from __future__ import annotations
@@ -97,8 +97,6 @@ def wait_until_ready(process: Any, url: str, log: Path) -> None:
 
 def run(flags: list[str], quantized: Path, log: Path) -> None:
     """Be the worker."""
-    from vllm.v1.engine import utils
-
     from ipex_vllm import worker
     from ipex_vllm.low_bit.kernels import experts
     from ipex_vllm.low_bit.linear import make_linear
@@ -107,7 +105,6 @@ def run(flags: list[str], quantized: Path, log: Path) -> None:
     with log.open("wb") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    utils.get_mp_context = lambda: FORK
     vars(linear)["make_linear"] = noting(make_linear, quantized)
     vars(experts)["pack"] = noting(experts.pack, quantized)
     worker.main(flags)

@@ -44,6 +44,9 @@ def prepare_cpu(args: argparse.Namespace, plan: Plan) -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", thread_binding(plan))
     # The compiled model is kept, and the next start loads it (`low_bit/vllm/upstream.py`).
     os.environ.setdefault("VLLM_USE_AOT_COMPILE", "1")
+    # Of compiled grammars vLLM keeps 512 MB, which many different schemas fill. Here that is the model's memory, and an
+    # eighth of it holds about a thousand.
+    os.environ.setdefault("VLLM_XGRAMMAR_CACHE_MB", "64")
     if args.enforce_eager and args.pipeline_parallel_size > 1:
         # vLLM 0.32 allocates what a later stage receives only in the warm-up that belongs to compiling.
         raise OptionError(

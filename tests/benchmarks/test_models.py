@@ -10,7 +10,17 @@ from benchmarks.models.zoo import ARCHITECTURES
 
 # Rotary of heads apart, correction biases, latent attention, an activation's numbers, heads without a configuration or
 # that are the embedding; a picture; a vector; a score.
-GUARDS = ("lfm2", "ernie4.5-moe", "minimax-m2", "glm4.7-flash", "apertus", "gpt-oss", "gemma2", "qwen3-next")
+GUARDS = (
+    "lfm2",
+    "ernie4.5-moe",
+    "minimax-m2",
+    "glm4.7-flash",
+    "apertus",
+    "gpt-oss",
+    "gemma2",
+    "qwen3-next",
+    "qwen3.5-text",
+)
 GUARDS += ("qwen3-vl-picture", "qwen3-embed", "bert-score")
 FORMATS = (report.FLOAT, "sym_int4")
 
