@@ -33,6 +33,7 @@ HOST = re.compile(r"[\w.:%-]+")  # a name or an address; one of IPv6 may end wit
 TRUE_WORDS, FALSE_WORDS = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 Device = Literal["cpu", "xpu"]
+Speculative = Literal["off", "auto", "ngram", "draft"]
 
 
 def option(
@@ -164,6 +165,14 @@ class WorkerOptions:
     )
     upstream_kernels: bool = option(
         "leave checkpoints that are quantized already (AWQ, GPTQ, ...) to vLLM's own kernels", False
+    )
+    speculative: Speculative = option(
+        "speculative decoding: several tokens a step, drafted by looking them up in the text so far (ngram) or by a "
+        "smaller model (draft); auto: by that model where --draft-model names one, else ngram where the model can",
+        "off",
+    )
+    draft_model: str | None = option(
+        "model that drafts, with the same tokenizer; a path or name as for --model-path", None, parse=path_or_name
     )
     conv_template: str | None = option("FastChat conversation template; default: the model's own chat template", None)
     host: str = option(

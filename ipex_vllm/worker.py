@@ -39,6 +39,7 @@ from ipex_vllm.machine.model import ModelFacts
 from ipex_vllm.options import Parser, WorkerOptions, add_options, from_namespace, layered_arguments, model_name
 from ipex_vllm.plan.devices import PLANNERS
 from ipex_vllm.plan.plan import Plan
+from ipex_vllm.plan.speculation import with_speculation
 from ipex_vllm.serving.connections import ListeningSocket, quiet_when_full, raise_descriptor_limit
 from ipex_vllm.serving.controller import ControllerClient
 from ipex_vllm.serving.conversation import check_template_name, choose_chat_format
@@ -112,14 +113,20 @@ def read_options(
     if args.model_names is None:
         args.model_names = model_name(args.model_path)
     args.model_path = model_directory(engine_class, resolve_model_path(args.model_path))
+    if args.draft_model is not None:
+        args.draft_model = model_directory(engine_class, resolve_model_path(args.draft_model), "--draft-model")
     options: WorkerOptions = from_namespace(WorkerOptions, args)
     engine_args = argparse.Namespace(**{name: vars(args)[name] for name in vars(args).keys() - vars(options).keys()})
     check_model_directory(options.model_path)
+    if options.draft_model is not None:
+        check_model_directory(options.draft_model, "--draft-model")
     if options.conv_template is not None:
         check_template_name(options.conv_template)
     engine_class.check(options, engine_args)
     if engine_class.demands(engine_args).reads_checkpoint and not options.explain:
         check_weight_files(options.model_path)
+    if options.draft_model is not None and not options.explain:
+        check_weight_files(options.draft_model, "--draft-model")
     return options, engine_args
 
 
@@ -128,9 +135,12 @@ def choose_plan(
 ) -> Plan:
     """The settings for this machine, which are logged. Raises OptionError and EngineError."""
     demands = engine_class.demands(engine_args)
-    model = ModelFacts.read(options.model_path).share_of(demands.num_hosts)
+    model = ModelFacts.read(options.model_path)
+    if options.draft_model is not None:
+        model = model.beside(ModelFacts.read(options.draft_model))
+    model = model.share_of(demands.num_hosts)
     planner = PLANNERS[options.device]
-    chosen = planner.choose(planner.probe(machine), options, model, demands)
+    chosen = with_speculation(planner.choose(planner.probe(machine), options, model, demands), options, model, demands)
     plan = replace(chosen, engine_args=engine_args, serves_openai=options.openai, max_stream_gap=options.max_stream_gap)
     for line in plan.lines:
         logger.info("%s", line)
@@ -180,46 +190,44 @@ def told_when_not_installed() -> Iterator[None]:
         ) from error
 
 
-def model_directory(engine_class: type[Engine], model_path: str) -> str:
+def model_directory(engine_class: type[Engine], model_path: str, flag: str = "--model-path") -> str:
     """The directory that stands for a GGUF file, and any other model as it is. Raises OptionError and EngineError."""
     try:
         directory = gguf_directory(model_path)
     except ValueError as error:
-        raise EngineError(f"--model-path: {error}") from error
+        raise EngineError(f"{flag}: {error}") from error
     if directory is None:
         return model_path
     if not engine_class.reads_gguf:
-        raise OptionError(
-            f"--model-path {model_path}: GGUF files are read by --engine vllm, not by {engine_class.name}"
-        )
+        raise OptionError(f"{flag} {model_path}: GGUF files are read by --engine vllm, not by {engine_class.name}")
     return str(directory)
 
 
-def check_model_directory(model_path: str) -> None:
+def check_model_directory(model_path: str, flag: str = "--model-path") -> None:
     """Raise EngineError for a path that holds no model; a name may be one that Hugging Face knows."""
     path = Path(model_path)
     is_path = path.is_absolute() or model_path.startswith((".", "~")) or path.exists()
     if is_path and not (path / "config.json").exists():
         reason = "holds no config.json" if path.exists() else "does not exist"
         if snapshots := sorted(str(config.parent) for config in path.glob("snapshots/*/config.json")):
-            raise EngineError(f"--model-path {model_path} is a folder of Hugging Face's cache: give {snapshots[-1]}")
-        raise EngineError(f"--model-path {model_path} {reason}: give the directory of a Hugging Face model")
+            raise EngineError(f"{flag} {model_path} is a folder of Hugging Face's cache: give {snapshots[-1]}")
+        raise EngineError(f"{flag} {model_path} {reason}: give the directory of a Hugging Face model")
     if is_path:
         try:
             is_object = isinstance(json.loads((path / "config.json").read_text()), dict)
         except ValueError:
             is_object = False
         if not is_object:
-            raise EngineError(f"--model-path: {path / 'config.json'} is no JSON object: fetch it again")
+            raise EngineError(f"{flag}: {path / 'config.json'} is no JSON object: fetch it again")
 
 
-def check_weight_files(model_path: str) -> None:
+def check_weight_files(model_path: str, flag: str = "--model-path") -> None:
     """Raise EngineError for a model directory whose weights are not all there."""
     if Path(model_path).is_dir():
         try:
             check_files(Path(model_path))
         except ValueError as error:
-            raise EngineError(f"--model-path: {error}") from error
+            raise EngineError(f"{flag}: {error}") from error
 
 
 async def serve(engine_class: type[Engine], options: WorkerOptions, plan: Plan, sock: socket.socket) -> int:

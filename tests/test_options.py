@@ -62,6 +62,8 @@ SAMPLES: dict[str, tuple[str, Any, Any]] = {
     "low_bit_outer": ("sym_int8", "sym_int8", "sym_int8"),
     "low_bit_cache": ("/cache", "/cache", "/cache"),
     "upstream_kernels": ("yes", True, True),
+    "speculative": ("auto", "auto", "auto"),
+    "draft_model": ("/models/small", "/models/small", "/models/small"),
     "conv_template": ("zephyr", "zephyr", "zephyr"),
     "host": ("::1", "::1", "::1"),
     "port": ("21003", 21003, 21003),

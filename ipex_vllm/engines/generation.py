@@ -96,6 +96,7 @@ class Delta:
         finish_reason: set in the choice's last delta only.
         logprobs: one entry per new token, when asked for; the prompt's, when asked for, come first.
         index: which of the request's `n` choices.
+        drafted, accepted: draft tokens of the whole choice, and those that were right; in its last delta only.
     """
 
     text: str
@@ -104,3 +105,5 @@ class Delta:
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     index: int = 0
+    drafted: int = 0
+    accepted: int = 0

@@ -24,6 +24,9 @@ class Turn(Protocol):
     ) -> None:
         """Add what is new. `finish_reason` is a text's last word; `first_token_at` is in seconds of time.monotonic."""
 
+    def count_drafts(self, drafted: int, accepted: int) -> None:
+        """Add a text's draft tokens, and those of them that were accepted."""
+
     def fail(self, error: RequestError) -> None:
         """Remember what ended the request, for the log and the metrics, where the client is told by the application."""
 

@@ -24,11 +24,12 @@ from ipex_vllm.engines.generation import ContextOverflow, Delta, Generation, Inv
 from ipex_vllm.engines.template_bound import bound_templates
 from ipex_vllm.engines.tokenization import PromptEncoder
 from ipex_vllm.engines.vllm_devices import DEVICES, core_process
-from ipex_vllm.engines.vllm_failure import told_in_one_line
+from ipex_vllm.engines.vllm_failure import check_weights, told_in_one_line
 from ipex_vllm.engines.vllm_images import reads_images, with_images, with_placeholders
 from ipex_vllm.engines.vllm_options import add_listed, keep_listing
 from ipex_vllm.engines.vllm_pooling import embed
 from ipex_vllm.engines.vllm_requests import OutputReader, request_error, sampling_params
+from ipex_vllm.engines.vllm_speculation import apply_speculation, check_speculation, no_speculation
 from ipex_vllm.errors import EngineError, OptionError
 from ipex_vllm.low_bit import LOW_BIT_CACHE, UPSTREAM_KERNELS, quantization_line, vllm_arguments
 from ipex_vllm.machine.facts import user_cache
@@ -93,6 +94,7 @@ class VllmEngine(Engine):
     def check(cls, options: WorkerOptions, args: argparse.Namespace) -> None:
         if args.model is not None:
             raise OptionError("--model: the model is given with --model-path")
+        check_speculation(options, args)
         if args.lora_modules and not args.enable_lora:
             raise OptionError("--lora-modules asks for --enable-lora")
         if args.enable_lora and not options.openai:
@@ -115,6 +117,7 @@ class VllmEngine(Engine):
             max_model_len=None if args.max_model_len == FITTED_CONTEXT else args.max_model_len,
             has_adapters=args.enable_lora,
             reads_checkpoint=args.load_format in CHECKPOINT_FORMATS,
+            no_speculation=no_speculation(args),
         )
 
     @classmethod
@@ -124,7 +127,7 @@ class VllmEngine(Engine):
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from ipex_vllm.engines.vllm_scheduler import pace_steps
+        from ipex_vllm.engines.vllm_drafts import choose_scheduler
 
         if current_platform.device_type != plan.device:
             raise EngineError(
@@ -136,6 +139,7 @@ class VllmEngine(Engine):
         args.model = plan.model_path
         args.served_model_name = list(plan.names)
         apply_low_bit(args, plan)
+        apply_speculation(args, plan)
         apply_plan(args, plan)
         DEVICES[plan.device].prepare(args, plan)
         if plan.serves_openai:
@@ -154,7 +158,7 @@ class VllmEngine(Engine):
             ):
                 logger.info("%s", line)
             whole = config.model_config.max_model_len
-            pace_steps(config, plan.max_stream_gap)
+            choose_scheduler(config, plan)
             log_choices = {name: vars(args)[name] for name in ("enable_log_requests", "disable_log_stats")}
             with core_process(config):
                 engine = cls(AsyncLLM.from_vllm_config(config, **log_choices), args)
@@ -243,18 +247,6 @@ class VllmEngine(Engine):
             self._llm.output_handler.cancel()
         # It joins the engine's processes, which takes a moment.
         await asyncio.to_thread(self._llm.shutdown)
-
-
-def check_weights(model: Path) -> None:
-    """Raise EngineError where parameters of the model are not in its directory: vLLM leaves them as they come."""
-    from ipex_vllm.low_bit.completeness import check_checkpoint
-
-    if not model.is_dir():  # a name, whose files vLLM fetches and holds against their index
-        return
-    try:
-        check_checkpoint(model)
-    except ValueError as error:
-        raise EngineError(f"--model-path: {error}") from error
 
 
 def follow(engine_args: Any) -> NoReturn:

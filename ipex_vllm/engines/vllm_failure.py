@@ -94,6 +94,18 @@ ELSE = "--verbose shows where it happened."
 _vllms_own: Callable[..., None] | None = None  # what is replaced during a start; a forked process is within one
 
 
+def check_weights(model: Path) -> None:
+    """Raise EngineError where parameters of the model are not in its directory: vLLM leaves them as they come."""
+    from ipex_vllm.low_bit.completeness import check_checkpoint
+
+    if not model.is_dir():  # a name, whose files vLLM fetches and holds against their index
+        return
+    try:
+        check_checkpoint(model)
+    except ValueError as error:
+        raise EngineError(f"--model-path: {error}") from error
+
+
 @contextlib.contextmanager
 def told_in_one_line(model: Path) -> Iterator[None]:
     """Start vLLM on `model` inside of this: what fails in any of its processes is an EngineError that says why."""

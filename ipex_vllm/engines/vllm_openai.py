@@ -24,6 +24,7 @@ from ipex_vllm.engines.generation import InternalError, InvalidParameter
 from ipex_vllm.engines.turns import Turn, current_turn
 from ipex_vllm.engines.vllm_openai_errors import refusal, tell_errors
 from ipex_vllm.engines.vllm_parsers import choose_parsers, register_forced_calls
+from ipex_vllm.engines.vllm_requests import draft_counts
 from ipex_vllm.errors import EngineError, OptionError, root_cause
 
 logger = logging.getLogger(__name__)
@@ -251,6 +252,8 @@ class Counter:
             self._counted[completion.index] = len(completion.token_ids)
             num_tokens += len(completion.token_ids) - before
             finish_reason = completion.finish_reason or finish_reason
+            if completion.finish_reason is not None:
+                self._turn.count_drafts(*draft_counts(completion))
         # The engine's clock is this machine's; without statistics it tells no time.
         first_token_at = getattr(output.metrics, "first_token_ts", None) or None
         self._turn.count(prompt_tokens, num_tokens, finish_reason, first_token_at)

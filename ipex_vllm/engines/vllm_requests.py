@@ -71,6 +71,7 @@ class OutputReader:
         for completion in output.outputs:
             with_prompt = self._wants_prompt and completion.index not in self._started
             self._started.add(completion.index)
+            drafted, accepted = draft_counts(completion)
             yield Delta(
                 text=completion.text,
                 num_tokens=len(completion.token_ids),
@@ -81,6 +82,8 @@ class OutputReader:
                     *self._logprobs(completion.token_ids, completion.logprobs),
                 ),
                 index=completion.index,
+                drafted=drafted,
+                accepted=accepted,
             )
 
     def _logprobs(
@@ -96,6 +99,14 @@ class OutputReader:
             }
             chosen = candidates[token_id]
             yield TokenLogprob(chosen.decoded_token or "", chosen.logprob, top)
+
+
+def draft_counts(completion: Any) -> tuple[int, int]:
+    """Draft tokens of a choice and those that were accepted, of vLLM's last output for it; zeros in any other."""
+    metrics = getattr(completion, "spec_decode_metrics", None)
+    if metrics is None:
+        return 0, 0
+    return metrics.num_draft_tokens, sum(accepted * count for accepted, count in enumerate(metrics.histogram))
 
 
 def request_error(error: Exception, is_clients: bool, has_died: bool) -> RequestError:

@@ -71,6 +71,14 @@ class KvCache:
         """The tokens of the longest sequence that `size` bytes hold, at most `limit`; below 0 if they hold none."""
         return bisect_right(range(limit + 1), size, key=self.sequence_bytes) - 1
 
+    def plus(self, other: KvCache) -> KvCache:
+        """Of two models that read the same sequence."""
+        return KvCache(
+            self.token_bytes + other.token_bytes,
+            self.windows + other.windows,
+            self.state_bytes + other.state_bytes,
+        )
+
     def times(self, factor: float) -> KvCache:
         """With elements, or a share of the layers, of so many times the size."""
         windows = tuple((window, int(token_bytes * factor)) for window, token_bytes in self.windows)

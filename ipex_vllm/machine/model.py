@@ -27,6 +27,7 @@ class ModelFacts:
         model_type: the configuration's name of the architecture.
         is_gated_linear: some layers are linear attention of the gated delta kind (Qwen3-Next, Qwen3.5).
         quantization: what the quantized weights are, where the configuration says it in words.
+        draft: the model that drafts for this one, whose cache is in `kv_cache`, too.
         num_hosts: the sizes above are for one of so many hosts, `tensors` is for all.
     """
 
@@ -40,6 +41,7 @@ class ModelFacts:
     model_type: str | None = None
     is_gated_linear: bool = False
     quantization: str = ""
+    draft: ModelFacts | None = None
     num_hosts: int = field(default=1, compare=False)
 
     @classmethod
@@ -69,6 +71,11 @@ class ModelFacts:
             is_tied=bool(text.get("tie_word_embeddings", bool(tensors) and "lm_head.weight" not in tensors)),
         )
 
+    def beside(self, draft: ModelFacts) -> ModelFacts:
+        """This model with one that drafts for it."""
+        both = self.kv_cache and draft.kv_cache and self.kv_cache.plus(draft.kv_cache)
+        return replace(self, draft=draft, kv_cache=both)
+
     def share_of(self, num_hosts: int) -> ModelFacts:
         """What one of the hosts holds, when they divide the model among them."""
         return replace(
@@ -76,6 +83,7 @@ class ModelFacts:
             weight_bytes=self.weight_bytes and self.weight_bytes // num_hosts,
             embedding_bytes=self.embedding_bytes // num_hosts,
             kv_cache=self.kv_cache and self.kv_cache.times(1 / num_hosts),
+            draft=self.draft and self.draft.share_of(num_hosts),
             num_hosts=num_hosts,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ipex_vllm.errors import OptionError
 from ipex_vllm.low_bit import choose_format
@@ -12,7 +12,7 @@ from ipex_vllm.low_bit.sizes import loaded_bytes
 from ipex_vllm.machine.facts import GIB
 from ipex_vllm.machine.kv_cache import KvCache
 from ipex_vllm.machine.model import ModelFacts
-from ipex_vllm.options import Device, WorkerOptions
+from ipex_vllm.options import Device, Speculative, WorkerOptions
 
 DEFAULT_CONTEXT_LENGTH = 2048  # vLLM's, for a model that tells none
 MIN_FITTED_CONTEXT = 256  # tokens; a context that was shortened to less than this is of no use
@@ -30,6 +30,7 @@ class Demands:
         max_model_len: the context that the user asked for, in tokens; None for the model's own, as far as it fits.
         has_adapters: LoRA adapters, with which nothing is compiled.
         reads_checkpoint: the weights come from the model directory's safetensors or PyTorch files.
+        no_speculation: why the engine, as it is asked for, does not check drafts; None where it does.
     """
 
     num_ranks: int = 1
@@ -39,6 +40,7 @@ class Demands:
     max_model_len: int | None = None
     has_adapters: bool = False
     reads_checkpoint: bool = True
+    no_speculation: str | None = "this engine has none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,9 @@ class Plan:
         use_compile: torch.compile the model, or run it eagerly.
         memory_share: the share of a GPU's whole memory that the engine may fill; None without GPUs.
         serves_openai: the engine's own application for OpenAI's API is wanted, too.
+        speculative: what drafts tokens, resolved: "auto" has become another.
+        draft_model: the directory or name of the model that does, where one does.
+        draft_cost: of one token of its, as a share of one of the model's: of the weights that are read.
         max_stream_gap: seconds that a running stream may wait for the prompts of others; 0 leaves it to the engine.
         engine_args: the engine's own options, under its own names.
     """
@@ -79,6 +84,9 @@ class Plan:
     memory_share: float | None = None
     lines: tuple[str, ...] = ()
     serves_openai: bool = True
+    speculative: Speculative = "off"
+    draft_model: str | None = None
+    draft_cost: float = 0.0
     max_stream_gap: float = 0.0
     engine_args: argparse.Namespace = field(default_factory=argparse.Namespace)
 
@@ -126,8 +134,12 @@ def weight_format(options: WorkerOptions | Plan, device: Device = "cpu") -> Form
 def weight_bytes(model: ModelFacts, options: WorkerOptions, num_ranks: int = 1) -> int | None:
     """Memory that a host's weights take once loaded, over all its `num_ranks`; None for a model that is not here yet.
 
-    Raises OptionError for an unknown format.
+    A model that drafts is counted, too. Raises OptionError for an unknown format.
     """
+    if model.draft is not None:
+        drafts = weight_bytes(model.draft, options, num_ranks)
+        own = weight_bytes(replace(model, draft=None), options, num_ranks)
+        return None if own is None or drafts is None else own + drafts
     format = weight_format(options)
     if model.weight_bytes is None or format is None or model.is_quantized:
         return model.weight_bytes

@@ -94,6 +94,8 @@ class Record:
     outcome: str = "unfinished"
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    drafted: int = 0  # tokens of speculative decoding
+    accepted: int = 0
     started_at: float = field(default_factory=time.monotonic)
     first_token_at: float | None = None
 
@@ -102,6 +104,8 @@ class Record:
             self.first_token_at = time.monotonic()
         self.prompt_tokens = delta.prompt_tokens
         self.completion_tokens += delta.num_tokens
+        self.drafted += delta.drafted
+        self.accepted += delta.accepted
         if delta.index == 0 and delta.finish_reason is not None:
             self.outcome = delta.finish_reason
 
@@ -110,6 +114,7 @@ class Record:
         return (
             f"request {self.id} {self.outcome} prompt_tokens={self.prompt_tokens} "
             f"completion_tokens={self.completion_tokens} ttft={ttft} duration={time.monotonic() - self.started_at:.3f}s"
+            + (f" drafts_accepted={self.accepted}/{self.drafted}" if self.drafted else "")
         )
 
 
@@ -136,6 +141,10 @@ class CoreTurn:
         record.prompt_tokens += prompt_tokens
         record.completion_tokens += completion_tokens
         record.outcome = finish_reason or record.outcome
+
+    def count_drafts(self, drafted: int, accepted: int) -> None:
+        self.record.drafted += drafted
+        self.record.accepted += accepted
 
     def fail(self, error: RequestError) -> None:
         self.failure = error

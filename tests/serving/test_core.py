@@ -8,7 +8,7 @@ from contextlib import aclosing
 
 import pytest
 
-from ipex_vllm.engines.generation import Generation, InternalError, InvalidParameter, RequestError
+from ipex_vllm.engines.generation import Delta, Generation, InternalError, InvalidParameter, RequestError
 from ipex_vllm.serving.core import ERROR_CODES, Core, InvalidModel, Unauthorized, error_code
 from ipex_vllm.serving.slots import Overloaded, Slots
 from tests.support import FakeEngine
@@ -39,6 +39,15 @@ async def test_a_request_is_text_a_count_and_a_line(caplog: pytest.LogCaptureFix
     assert (core.tally.finished, core.tally.prompt_tokens, core.tally.completion_tokens) == ({"stop": 1}, 4, 2)
     assert "request id stop prompt_tokens=4 completion_tokens=2 ttft=" in caplog.text
     assert "four" not in caplog.text
+
+
+async def test_the_line_tells_how_many_drafts_were_accepted(caplog: pytest.LogCaptureFixture) -> None:
+    core = Core(FakeEngine(), ("m",), Slots(1, 1))
+    with caplog.at_level(logging.INFO), core.recorded("id") as record:
+        record.add(Delta("a", 3, 4, drafted=5, accepted=2))
+        record.add(Delta("b", 1, 4, "stop", index=1, drafted=3))
+    assert record.completion_tokens == 4
+    assert caplog.text.rstrip().endswith("drafts_accepted=2/8")
 
 
 async def test_prompts_are_logged_where_that_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:

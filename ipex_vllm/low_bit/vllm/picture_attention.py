@@ -47,10 +47,10 @@ class Pictures:
     metadata: CPUAttentionMetadata
 
 
-def build_with_pictures(self: Any, common_prefix_len: int, common: Any, fast_build: bool = False) -> Any:
-    metadata: Any = build(self, common_prefix_len, common, fast_build)
+def build_with_pictures(self: Any, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+    metadata: Any = build(self, common_prefix_len, common_attn_metadata, fast_build)
     # By this name vLLM's Gemma 4 takes it from the layers in which pictures are causal.
-    metadata.mm_prefix_range = find_pictures(self, common, metadata)
+    metadata.mm_prefix_range = find_pictures(self, common_attn_metadata, metadata)
     return metadata
 
 

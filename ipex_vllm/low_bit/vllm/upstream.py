@@ -20,7 +20,7 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.platforms import current_platform
 
-from ipex_vllm.low_bit.vllm import json_strings, picture_attention
+from ipex_vllm.low_bit.vllm import json_strings, picture_attention, speculation
 from ipex_vllm.low_bit.vllm.config import LowBitConfig
 
 rotate = RotaryEmbedding.forward_cpu
@@ -37,6 +37,7 @@ def mend() -> None:
     load_compiled()
     rendezvous._create_c10d_store = create_store
     json_strings.mend()
+    speculation.mend()
     VocabParallelEmbedding.__init__ = make_embedding_with_config
     XIELU.__init__ = make_xielu_in_models_dtype
     if current_platform.is_cpu():

@@ -1,0 +1,185 @@
+"""What drafts gain and cost: one model, with and without them, on four kinds of work.
+
+    python -m benchmarks.speculation --model-path smollm2 --speculative auto --low-bit sym_int8
+
+Two engines of one process take turns (A B B A ...), so that what slows the machine down slows both. Each cell is the
+ratio of their output tokens per second over the pairs, with its 95 % interval. Flags that are not below are the
+worker's. A line of JSON is the last of the output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import inspect
+import json
+import pydoc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from benchmarks.compare.statistics import paired_ratio
+from ipex_vllm.engines.engine import Engine
+from ipex_vllm.engines.generation import Generation
+from ipex_vllm.machine.facts import MachineFacts
+from ipex_vllm.plan.devices import PLANNERS
+from ipex_vllm.worker import prepare
+
+# Modules of the standard library, whose documentation and source are the texts: every machine has them.
+MODULES = (
+    *("textwrap", "bisect", "heapq", "fractions", "statistics", "shelve", "sched", "calendar", "colorsys", "graphlib"),
+    *("getopt", "glob", "fnmatch", "linecache", "queue", "quopri", "secrets", "stat", "tabnanny", "timeit"),
+)
+SUBJECTS = (
+    *("a lighthouse", "two brothers", "a lost letter", "the first snow", "an old clock", "a broken bridge", "a fox"),
+    *("a market at night", "the last train", "a garden", "a violin", "an island", "a storm", "a painter", "the desert"),
+    "a teacher",
+)
+PASSAGE_CHARACTERS, CODE_CHARACTERS = 1200, 1500
+SEED = 7
+
+
+@dataclass(frozen=True)
+class Work:
+    """A kind of work: prompt number n, and how it is sampled."""
+
+    prompt: Callable[[int], str]
+    temperature: float = 0.0
+    is_chat: bool = True
+
+
+def documentation(number: int) -> str:
+    return pydoc.plain(pydoc.render_doc(MODULES[number % len(MODULES)]))[300 : 300 + PASSAGE_CHARACTERS]
+
+
+def source(number: int) -> str:
+    module = __import__(MODULES[number % len(MODULES)])
+    return inspect.getsource(module)[1000 : 1000 + CODE_CHARACTERS]
+
+
+WORK = {
+    "copy": Work(lambda n: f"Repeat this text, with `self` spelled `this`:\n\n{documentation(n)}"),
+    "passage": Work(
+        lambda n: f"{documentation(n)}\n\nAnswer from the text above, in its words: what is described there?"
+    ),
+    "code": Work(source, is_chat=False),
+    "story": Work(lambda n: f"Write a story about {SUBJECTS[n % len(SUBJECTS)]}.", temperature=0.8),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One kind of work at one load; rates in output tokens per second, `ratio` is with drafts to without."""
+
+    work: str
+    streams: int
+    without: float
+    with_drafts: float
+    ratio: float
+    low: float
+    high: float
+    accepted: float
+    drafted: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speculation", description=__doc__.splitlines()[0])
+    parser.add_argument("--work", default=",".join(WORK), help="kinds of work (default: %(default)s)")
+    parser.add_argument("--streams", default="1,4,16", help="loads (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--tokens", type=int, default=64, help="output tokens of a request (default: %(default)s)")
+    options, flags = parser.parse_known_args()
+    machine = MachineFacts.probe()
+    PLANNERS["cpu"].apply(machine)
+    cells = asyncio.run(measure(machine, options, flags))
+    print(f"\n{machine.name}, {len(machine.cpus)} CPUs; {options.pairs} pairs of {options.tokens} tokens a request\n")
+    print("| work | streams | without, tok/s | with | ratio | 95 % interval | drafts accepted | drafted a token |")
+    print("|---|---:|---:|---:|---:|---|---:|---:|")
+    for cell in cells:
+        print(
+            f"| {cell.work} | {cell.streams} | {cell.without:.1f} | {cell.with_drafts:.1f} | {cell.ratio:.2f} | "
+            f"{cell.low:.2f} to {cell.high:.2f} | {cell.accepted:.0%} | {cell.drafted:.2f} |"
+        )
+    print(json.dumps([asdict(cell) for cell in cells]))
+
+
+async def measure(machine: MachineFacts, options: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
+    wanted = [] if "--speculative" in flags else ["--speculative", "auto"]
+    engines: list[Engine] = []
+    try:
+        for speculative in (["--speculative", "off"], wanted):
+            arguments = ["--kv-cache-gib", "1", "--no-openai", *flags, *speculative]
+            if speculative != wanted:  # the last word wins, but a model that drafts needs one
+                arguments = without_draft_model(arguments)
+            engine_class, _, plan = prepare(machine, arguments, None)
+            engines.append(await engine_class.start(plan))
+        cells = []
+        for work in options.work.split(","):
+            for streams in map(int, options.streams.split(",")):
+                cells.append(await compare(engines, work, streams, options))
+                print(cells[-1], file=sys.stderr, flush=True)
+        return cells
+    finally:
+        for engine in engines:
+            await engine.stop()
+
+
+def without_draft_model(flags: Sequence[str]) -> list[str]:
+    kept = list(flags)
+    if "--draft-model" in kept:
+        del kept[kept.index("--draft-model") : kept.index("--draft-model") + 2]
+    return kept
+
+
+async def compare(engines: Sequence[Engine], work: str, streams: int, options: argparse.Namespace) -> Cell:
+    rates: tuple[list[float], list[float]] = ([], [])
+    drafted = accepted = 0
+    for pair in range(-1, options.pairs):  # the first one warms up
+        order = (0, 1) if pair % 2 == 0 else (1, 0)
+        for index in order:
+            begin = time.monotonic()
+            results = await asyncio.gather(
+                *(
+                    generate(engines[index], WORK[work], max(pair, 0) * streams + stream, options.tokens)
+                    for stream in range(streams)
+                )
+            )
+            if pair >= 0:
+                rates[index].append(streams * options.tokens / (time.monotonic() - begin))
+                drafted += sum(result[0] for result in results)
+                accepted += sum(result[1] for result in results)
+    ratio = paired_ratio(rates[1], rates[0])
+    return Cell(
+        work,
+        streams,
+        statistics.median(rates[0]),
+        statistics.median(rates[1]),
+        ratio.ratio,
+        ratio.low,
+        ratio.high,
+        accepted / max(drafted, 1),
+        drafted / (options.pairs * streams * options.tokens),
+    )
+
+
+async def generate(engine: Engine, work: Work, number: int, tokens: int) -> tuple[int, int]:
+    """Generate `tokens` tokens; the drafted and the accepted among them."""
+    prompt = work.prompt(number)
+    if work.is_chat:
+        messages: Any = [{"role": "user", "content": prompt}]
+        prompt = engine.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    generation = Generation(prompt, temperature=work.temperature, seed=SEED, max_new_tokens=tokens, ignore_eos=True)
+    drafted = accepted = 0
+    async with contextlib.aclosing(engine.stream(generation, f"{number}-{time.monotonic_ns()}")) as deltas:
+        async for delta in deltas:
+            drafted += delta.drafted
+            accepted += delta.accepted
+    return drafted, accepted
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Drafts as long as they pay: by what became of a stream's drafts, and by the streams beside it."""
+
+import random
+
+import pytest
+
+from ipex_vllm.engines.draft_length import FREE_ROWS, Acceptance, lengths, proposal
+
+
+def test_a_stream_is_drafted_for_longer_as_its_drafts_are_right() -> None:
+    acceptance, position, seen = Acceptance(), 0, []
+    for _ in range(8):
+        (length,) = lengths([acceptance.chance(position)], [15])
+        acceptance.learn(length, length, position)
+        position += length + 1
+        seen.append(length)
+    assert seen == sorted(seen)
+    assert 1 <= seen[0] <= 3
+    assert seen[-1] == 15
+
+
+def test_a_stream_whose_drafts_are_wrong_costs_little_and_is_tried_again() -> None:
+    acceptance, drafted, last = Acceptance(), 0, 0
+    for position in range(1000):  # something to draft is found for every token
+        (length,) = lengths([acceptance.chance(position)], [15])
+        if length:
+            acceptance.learn(length, 0, position)
+            drafted, last = drafted + length, position
+    assert drafted / (FREE_ROWS + 1) < 0.03 * 1000, "rows in vain, in steps: more than 3 %"
+    assert last > 900
+
+
+def test_what_comes_to_be_right_is_found_out() -> None:
+    acceptance, position = Acceptance(), 200
+    for at in range(200):
+        if lengths([acceptance.chance(at)], [15])[0]:
+            acceptance.learn(1, 0, at)
+    seen = []
+    for _ in range(100):
+        (length,) = lengths([acceptance.chance(position)], [15])
+        if length:
+            acceptance.learn(length, length, position)
+        position += length + 1
+        seen.append(length)
+    assert max(seen) == 15
+
+
+@pytest.mark.parametrize(("chance", "most_streams"), [(0.2, 4), (0.5, 16), (0.8, 64)])
+def test_no_drafts_where_the_streams_fill_the_arithmetic(chance: float, most_streams: int) -> None:
+    assert lengths([chance], [4])[0] > 0
+    assert not any(lengths([chance] * most_streams, [4] * most_streams))
+
+
+def test_each_stream_gets_what_its_own_chance_is_worth() -> None:
+    assert lengths([0.95, 0.05, 0.95], [4, 4, 0]) == [4, 0, 0]
+    hot, warm = lengths([0.9, 0.6], [15, 15])
+    assert hot > warm > 0
+
+
+def test_the_lengths_are_the_best_of_all() -> None:
+    """Against every allotment, by expected tokens for rows, of three streams."""
+    generator = random.Random(0)
+    every = [(a, b, c) for a in range(5) for b in range(5) for c in range(5)]
+    for _ in range(50):
+        chances = [generator.random() for _ in range(3)]
+
+        def rate(counts: tuple[int, ...], chances: list[float] = chances) -> float:
+            tokens = sum(
+                sum(chance**i for i in range(count + 1)) for chance, count in zip(chances, counts, strict=True)
+            )
+            return tokens / (FREE_ROWS + 3 + sum(counts))
+
+        assert rate(tuple(lengths(chances, [4, 4, 4]))) == pytest.approx(max(map(rate, every)))
+
+
+def test_a_model_that_drafts_is_asked_for_what_its_own_steps_are_worth() -> None:
+    assert proposal([0.9], 5, step_cost=0.0) == 5
+    assert proposal([0.9], 5, step_cost=0.1) == 5
+    assert 0 < proposal([0.6], 5, step_cost=0.2) < 5
+    assert proposal([0.6], 5, step_cost=0.9) == 0
+    assert proposal([0.6] * 32, 5, step_cost=0.1) == 0
+    assert proposal([], 5, step_cost=0.0) == proposal([], 5, step_cost=0.1) == 0
