@@ -1,58 +1,78 @@
 // Runs a layer of experts with every instruction set this CPU has, on buffers of exactly the needed size: under
-// AddressSanitizer a read or write past an end stops it. Every set, and every batch, has to give the same bits.
+// AddressSanitizer a read or write past an end stops it. Every set, and every batch, has to give the same bits; but 8-bit
+// floats times bfloat16, which one set adds in another order.
 // tests/test_experts.py says whether they are the right ones.
 #include "int8_driver.h"
 #include "experts/experts.h"
-#include "w4a8/w4a8.h"
-#include "w8a8/w8a8.h"
 
 struct Layer {
     int64_t hidden, intermediate, group;
-    int bits;
-    bool symmetric;
+    experts::Format format, down_format;
 
-    int64_t bytes(int64_t outputs, int64_t inputs) const {
-        const w4a8::Weights four{nullptr, outputs, inputs, group, symmetric};
-        const w8a8::Weights eight{nullptr, outputs, inputs, group};
-        return bits == 4 ? four.tiles() * four.groups() * four.block_bytes() : eight.tiles() * eight.tile_bytes();
-    }
-    int64_t block_bytes() const {
-        const w4a8::Weights four{nullptr, 1, group, group, symmetric};
-        const w8a8::Weights eight{nullptr, 1, 64, group};
-        return bits == 4 ? four.block_bytes() : eight.block_bytes();
-    }
-    int64_t terms_bytes() const { return bits == 4 ? (symmetric ? 64 : 128) : 64; }
+    Layer(int64_t hidden, int64_t intermediate, int64_t group, experts::Format format)
+        : Layer(hidden, intermediate, group, format, format) {}
+    Layer(int64_t hidden, int64_t intermediate, int64_t group, experts::Format format, experts::Format down_format)
+        : hidden(hidden), intermediate(intermediate), group(group), format(format), down_format(down_format) {}
 };
 
+static void set_scales(std::vector<uint8_t> &bytes, size_t every, float scale) {
+    const std::vector<float> scales(common::kTileOutputs, scale);
+    for (size_t block = 0; block < bytes.size(); block += every)
+        std::memcpy(bytes.data() + block, scales.data(), 4 * scales.size());
+}
+
+// float16 below 0.13
+static void bound_halves(std::vector<uint8_t> &bytes, size_t every, int64_t terms_bytes) {
+    for (size_t block = 0; block < bytes.size(); block += every)
+        for (int64_t i = 1; i < terms_bytes; i += 2) bytes[block + i] &= 0xaf;
+}
+
+static void make_finite(std::vector<uint8_t> &bytes, const w4a8::Weights &w) {
+    bound_halves(bytes, w.block_bytes(), w.terms_bytes());
+}
+static void make_finite(std::vector<uint8_t> &bytes, const w8a8::Weights &w) {
+    if (w.group)
+        bound_halves(bytes, w.block_bytes(), common::kTermBytes);
+    else
+        set_scales(bytes, w.tile_bytes(), 0.01f);
+}
+static void make_finite(std::vector<uint8_t> &bytes, const w8a16::Weights &w) {
+    for (auto &byte : bytes) byte &= 0xbf; // numbers, and small ones
+    set_scales(bytes, w.block_bytes(), 1.0f);
+}
+
 // Random codes, scales that are finite.
-static std::vector<uint8_t> packed(const Layer &layer, int64_t experts, int64_t outputs, int64_t inputs,
-                                   std::mt19937 &random) {
-    std::vector<uint8_t> bytes(experts * layer.bytes(outputs, inputs));
+template <class Weights>
+static std::vector<uint8_t> packed(int64_t experts, const Weights &weights, std::mt19937 &random) {
+    std::vector<uint8_t> bytes(experts * weights.tiles() * experts::tile_bytes(weights));
     for (auto &byte : bytes) byte = random();
-    if (layer.group) {
-        for (size_t block = 0; block < bytes.size(); block += layer.block_bytes())
-            for (int64_t i = 1; i < layer.terms_bytes(); i += 2) bytes[block + i] &= 0xaf; // float16 below 0.13
-    } else {
-        const w8a8::Weights weights{nullptr, outputs, inputs, 0};
-        const std::vector<float> scales(common::kTileOutputs, 0.01f);
-        for (size_t tile = 0; tile < bytes.size(); tile += weights.tile_bytes())
-            std::memcpy(bytes.data() + tile, scales.data(), 4 * scales.size());
-    }
+    make_finite(bytes, weights);
     return bytes;
+}
+
+static float largest(const std::vector<float> &values) {
+    float result = 0;
+    for (const float value : values) result = std::fmax(result, std::fabs(value));
+    return result;
 }
 
 int main() {
     std::mt19937 random(0);
-    const std::vector<int> isas = known_isas(w4a8_isa(1000));
+    std::vector<int> for_floats{w8a16::kAvx2};
+    if (w8a16_isa(common::kFloat32) == w8a16::kAvx512) for_floats.push_back(w8a16::kAvx512);
+    if (w8a16_isa(common::kBFloat16) == w8a16::kAvx512Bf16) for_floats.push_back(w8a16::kAvx512Bf16);
+    const std::vector<int> for_integers = known_isas(w4a8_isa(1000));
+    using namespace experts;
     const int64_t experts = 5, chosen = 3;
     int checked = 0;
-    for (const Layer &layer : {Layer{64, 32, 32, 4, true}, Layer{160, 96, 32, 4, false}, Layer{128, 192, 64, 4, true},
-                               Layer{256, 384, 128, 4, false}, Layer{70, 96, 0, 8, true}, Layer{160, 96, 32, 8, true},
-                               Layer{128, 192, 64, 8, true}})
+    for (const Layer &layer :
+         {Layer{64, 32, 32, kSymInt4}, Layer{160, 96, 32, kAsymInt4}, Layer{128, 192, 64, kSymInt4},
+          Layer{256, 384, 128, kAsymInt4}, Layer{160, 96, 32, kFp4}, Layer{128, 192, 64, kNf4}, Layer{70, 96, 0, kInt8},
+          Layer{160, 96, 32, kInt8}, Layer{128, 192, 64, kInt8}, Layer{160, 96, 32, kAsymInt4, kInt8},
+          Layer{128, 192, 64, kInt8, kSymInt4}, Layer{71, 96, 0, kE4M3}, Layer{160, 96, 32, kE5M2},
+          Layer{256, 384, 128, kE4M3}})
         for (const int64_t tokens : {1, 2, 40, 300})
-            for (int activation = 0; activation < 4; ++activation) {
-                const auto gate_up = packed(layer, experts, 2 * layer.intermediate, layer.hidden, random);
-                const auto down = packed(layer, experts, layer.hidden, layer.intermediate, random);
+            for (int activation = 0; activation < (layer.hidden == 64 ? 4 : 1); ++activation) { // of one layer, all
                 std::vector<float> x(tokens * layer.hidden), weights(tokens * chosen), down_bias(experts * layer.hidden);
                 std::vector<float> gate_up_bias(experts * 2 * layer.intermediate);
                 for (auto *values : {&x, &weights, &down_bias, &gate_up_bias})
@@ -61,6 +81,17 @@ int main() {
                 for (auto &id : ids) id = int(random() % (experts + 2)) - 1; // some are no expert's
                 std::vector<float> first, out(tokens * layer.hidden);
                 ExpertsCall call{};
+                call.gate_up_format = layer.format;
+                call.down_format = layer.down_format;
+                call.hidden = layer.hidden;
+                call.intermediate = layer.intermediate;
+                call.gate_up_group = call.down_group = layer.group;
+                std::vector<uint8_t> gate_up, down;
+                with_weights(call, [&](const auto &gate_up_weights, const auto &down_weights) {
+                    gate_up = packed(experts, gate_up_weights, random);
+                    down = packed(experts, down_weights, random);
+                    return 0;
+                });
                 call.x = x.data();
                 call.gate_up = gate_up.data();
                 call.down = down.data();
@@ -72,19 +103,15 @@ int main() {
                 call.tokens = tokens;
                 call.chosen = chosen;
                 call.experts = experts;
-                call.hidden = layer.hidden;
-                call.intermediate = layer.intermediate;
-                call.gate_up_group = call.down_group = layer.group;
-                call.bits = layer.bits;
-                call.symmetric = layer.symmetric;
                 call.dtype = common::kFloat32;
                 call.activation = activation;
                 const auto differs = [&](int isa) {
-                    std::printf("isa %d: %ld x %ld, group %ld, %d bits, %ld tokens differ\n", isa, long(layer.hidden),
-                                long(layer.intermediate), long(layer.group), layer.bits, long(tokens));
+                    std::printf("isa %d: %ld x %ld, group %ld, format %d, %ld tokens differ\n", isa, long(layer.hidden),
+                                long(layer.intermediate), long(layer.group), layer.format, long(tokens));
                     return 1;
                 };
-                for (const int isa : isas)
+                const bool is_floats = layer.format >= kE4M3;
+                for (const int isa : is_floats ? for_floats : for_integers)
                     for (const int threads : {1, 3}) {
                         std::fill(out.begin(), out.end(), NAN);
                         call.isa = isa;
@@ -93,6 +120,11 @@ int main() {
                         for (const float value : out)
                             if (!std::isfinite(value)) return differs(isa);
                         if (first.empty()) first = out;
+                        if (is_floats && isa == w8a16::kAvx512Bf16) { // rounds what goes in to bfloat16
+                            for (size_t i = 0; i < out.size(); ++i)
+                                if (std::fabs(out[i] - first[i]) > 0.05f * largest(first)) return differs(isa);
+                            continue;
+                        }
                         if (std::memcmp(out.data(), first.data(), out.size() * 4)) return differs(isa);
                         ++checked;
                     }
@@ -107,5 +139,5 @@ int main() {
                 if (experts_forward(&call) || std::memcmp(result.data(), first.data() + last * layer.hidden, layer.hidden * 4))
                     return differs(0);
             }
-    std::printf("%d results, %zu instruction sets\n", checked, isas.size());
+    std::printf("%d results, %zu instruction sets\n", checked, for_integers.size());
 }

@@ -9,15 +9,19 @@ from torch.nn import functional
 from ipex_vllm.low_bit.experts import LowBitExperts
 from ipex_vllm.low_bit.formats import FORMATS, Format
 from ipex_vllm.low_bit.kernels import experts as kernel
-from ipex_vllm.low_bit.kernels import native
+from ipex_vllm.low_bit.kernels import native, w4a8
 from ipex_vllm.low_bit.quantize import dequantize, quantize
 from ipex_vllm.low_bit.recipe import ExpertStorage, Storage
 from tests.int8_reference import isas
+from tests.test_w8a16 import isas as float_isas
 
 HIDDEN, INTERMEDIATE, EXPERTS, CHOSEN = 160, 96, 6, 3
-# Every layout: of int4 with 1, 2 and 3 tiles that share a scale of `down`, of int8 with and without groups.
+# Every layout: of int4 with 1, 2 and 3 tiles that share a scale of `down`, of int8 and fp8 with and without groups.
 STORAGES = [("sym_int4", 32), ("asym_int4", 32), ("sym_int4", 64), ("asym_int4", 128), ("sym_int8", 32)]
-STORAGES += [("sym_int8", 64), ("sym_int8", None)]
+STORAGES += [("sym_int8", 64), ("sym_int8", None), ("fp4", 32), ("nf4", 64)]
+STORAGES += [("fp8_e4m3", 64), ("fp8_e5m2", 32), ("fp8_e4m3", None)]
+# What down has may be another format of integers.
+STORAGES += [("asym_int4+sym_int8", 32), ("sym_int8+fp4", 64)]
 
 
 def activated(name: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -30,6 +34,8 @@ def activated(name: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def rounded(x: torch.Tensor, step: int) -> torch.Tensor:
+    if step == 0:  # floats, which stay as they are
+        return x.double()
     groups = functional.pad(x.float(), (0, -x.shape[1] % step)).view(len(x), -1, step)
     scales = groups.abs().amax(-1, keepdim=True) / 127
     codes = (groups / scales).nan_to_num().round()
@@ -37,9 +43,16 @@ def rounded(x: torch.Tensor, step: int) -> torch.Tensor:
 
 
 def as_kept(weight: torch.Tensor, format: Format, group: int | None) -> torch.Tensor:
-    """In float64, with the scales of groups rounded to float16, as the kernels keep them."""
+    """In float64, with scales of groups rounded to float16, and NF4's levels to 127ths, as the kernels keep them."""
     quantized = quantize(weight, format, group or 0)
-    scales = quantized.scales.half().float() if group else quantized.scales
+    scales = quantized.scales
+    if format.name in w4a8.UNITS:
+        scales = (scales.float() / w4a8.UNITS[format.name]).half().float() * w4a8.UNITS[format.name]
+    elif group and format.kind != "float8":
+        scales = scales.half().float()
+    if format.name == "nf4":
+        levels = tuple(round(127 * value) / 127 for value in format.values or ())
+        quantized = replace(quantized, format=replace(format, values=levels))
     return dequantize(replace(quantized, scales=scales)).double()
 
 
@@ -57,17 +70,19 @@ class Layer:
     ) -> None:
         if group and group > 32:
             hidden, intermediate = 2 * group, 3 * group
-        format, self.activation = FORMATS[format_name], activation
-        self.step = min(group or 64, 64)
+        names = format_name.split("+")
+        format, down_format, self.activation = FORMATS[names[0]], FORMATS[names[-1]], activation
+        self.step = 0 if format.kind == "float8" else min(group or 64, 64)
         gate, up = torch.randn(2, EXPERTS, intermediate, hidden) / hidden**0.5
         down = torch.randn(EXPERTS, hidden, intermediate) / intermediate**0.5
         self.biases = [
             torch.randn(EXPERTS, size) if has_bias else None for size in (intermediate, intermediate, hidden)
         ]
-        storage = ExpertStorage(Storage(format, group), Storage(format, group))
+        storage = ExpertStorage(Storage(format, group), Storage(down_format, group))
         weights = zip(gate, up, down, strict=True)
         self.experts = LowBitExperts(weights, EXPERTS, storage, activation, *self.biases)
-        self.weights = [torch.stack([as_kept(each, format, group) for each in part]) for part in (gate, up, down)]
+        matrices = ((gate, format), (up, format), (down, down_format))
+        self.weights = [torch.stack([as_kept(each, kept, group) for each in part]) for part, kept in matrices]
         self.hidden = hidden
 
     def input(self, tokens: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
@@ -160,7 +175,8 @@ def test_same_bits_for_every_instruction_set(format_name, group, activation, mon
     arguments = layer.input(150)
     results = []
     forward = kernel.forward
-    for isa in (0, *isas()):
+    is_float = layer.experts.format.kind == "float8"
+    for isa in (0, *(float_isas(torch.float32) if is_float else isas())):
         monkeypatch.setattr(kernel, "forward", lambda *arguments, isa=isa: forward(*arguments, isa))
         results.append(layer.experts(*arguments))
     assert len(results) > 2
@@ -206,6 +222,10 @@ def test_bad_calls_are_refused():
         layer.experts(x[:, :128], weights, ids)
     with pytest.raises(RuntimeError, match="groups that divide"):
         layer.experts(x[:, :100], weights, ids)
+    layer.experts.storage = ExpertStorage(layer.experts.storage.gate_up, Storage(FORMATS["fp8_e4m3"], 32))
+    with pytest.raises(RuntimeError, match="not of both"):
+        layer.experts(x, weights, ids)
+    layer = Layer()
     with pytest.raises(RuntimeError, match=r"\[tokens, chosen\]"):
         layer.experts(x, weights[:5], ids)
     with pytest.raises(RuntimeError, match="float32, float16 or bfloat16"):

@@ -74,12 +74,19 @@ MIXTURE = {
 }
 
 
-@pytest.mark.parametrize("config", [Qwen3MoeConfig(**MIXTURE), MixtralConfig(**MIXTURE), GptOssConfig(**MIXTURE)])
-def test_stacked_experts_are_quantized(config: PreTrainedConfig) -> None:
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (Qwen3MoeConfig(**MIXTURE), "sym_int4"),
+        (MixtralConfig(**MIXTURE), "fp8_e4m3"),
+        (GptOssConfig(**MIXTURE), "fp4"),
+    ],
+)
+def test_stacked_experts_are_quantized(config: PreTrainedConfig, name: str) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    for name, parameter in model.named_parameters():
-        if ".experts." in name:
+    for each, parameter in model.named_parameters():
+        if ".experts." in each:
             nn.init.normal_(parameter, std=0.1)
     layers = [module for module in model.modules() if hasattr(module, "is_concatenated")]
     inputs = torch.randn(60, 128), torch.randint(8, (60, 3)), torch.rand(60, 3)
@@ -88,9 +95,9 @@ def test_stacked_experts_are_quantized(config: PreTrainedConfig) -> None:
             for parameter in (layer.gate_up_proj, layer.down_proj):
                 for matrix in parameter:
                     rows = matrix.T if layer.is_transposed else matrix
-                    rows.copy_(dequantize(quantize(rows, FORMATS["sym_int4"])))
+                    rows.copy_(dequantize(quantize(rows, FORMATS[name], 32)))
         expected = [layer(*inputs) for layer in layers]
-        quantize_model(model, "sym_int4")
+        quantize_model(model, name)
         replaced = [module for module in model.modules() if isinstance(module, HfLowBitExperts)]
         assert len(replaced) == len(layers) == 2
         # Quantizing what is on a grid already finds it nearly; and the activations are rounded.

@@ -163,12 +163,12 @@ def test_experts_are_counted_as_they_are_stored_and_routers_as_they_are() -> Non
         return with_experts - loaded_bytes(checkpoint(LAYERS), name, **options)
 
     kept = 2 * sum(math.prod(shape) for shape in others.values())
-    for name in ("sym_int4", "asym_int4", "sym_int8"):
-        storage = Storage(FORMATS[name], 32)
+    for name, group_size in (("sym_int4", 32), ("asym_int4", 32), ("sym_int8", 32), ("nf4", 32), ("fp8_e4m3", 64)):
+        storage = Storage(FORMATS[name], group_size)
         matrices = [shape if len(shape) == 2 else (shape[0] * shape[1], shape[2]) for shape in experts.values()]
         assert more(name) == kept + sum(bytes_of(shape, storage) for shape in matrices)
     # No kernel: they stay.
-    assert more("nf4") == kept + 2 * sum(math.prod(shape) for shape in experts.values())
+    assert more("fp6") == kept + 2 * sum(math.prod(shape) for shape in experts.values())
     assert more("sym_int4", device="xpu") == kept + 2 * sum(math.prod(shape) for shape in experts.values())
     shared = {"model.layers.0.mlp.shared_experts.down_proj.weight": (128, 192)}
     added = loaded_bytes(checkpoint(LAYERS | shared), "sym_int4") - loaded_bytes(checkpoint(LAYERS), "sym_int4")

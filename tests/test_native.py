@@ -24,7 +24,7 @@ ISA_FLAGS = {
     "experts": [{"avx2"}, {"avx_vnni", "avx512_vnni"}, {"avx512_vnni"}, {"amx_int8"}],
 }
 # The folders whose files a kernel is made of, beside its own.
-PARTS = {"experts": ("w4a8", "w8a8")}
+PARTS = {"experts": ("w4a8", "w8a8", "w8a16")}
 
 THREAD_COUNT = """
 import os, torch

@@ -36,7 +36,7 @@ class LowBitExperts(nn.Module):
     """The experts of one layer, of which each token goes through a few.
 
     Attributes:
-        kernel, format: as of `LowBitLinear`.
+        kernel, format: as of `LowBitLinear`; the format is that of gate and up.
     """
 
     kernel = "experts"
@@ -100,7 +100,7 @@ class LowBitExperts(nn.Module):
 
     def forward(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """The experts `ids` [tokens, chosen] of x [tokens, hidden], each times its weight, summed."""
-        groups = (self.storage.gate_up.group_size or 0, self.storage.down.group_size or 0)
+        gate_up, down = self.storage.gate_up, self.storage.down
         return kernel.forward(
             x,
             self.gate_up,
@@ -109,9 +109,10 @@ class LowBitExperts(nn.Module):
             self.down_bias,
             weights.float(),
             ids.to(torch.int32),
-            self.format.bits,
+            kernel.FORMATS[gate_up.format.name],
+            kernel.FORMATS[down.format.name],
             self.intermediate,
-            *groups,
-            self.format.symmetric,
+            gate_up.group_size or 0,
+            down.group_size or 0,
             self.activation,
         )

@@ -76,7 +76,7 @@ def quantize(
     grouped_importance = None if importance is None else importance.view(-1, size)
     codes, scales, mins = [], [], []
     for start in range(0, len(weight), rows):
-        chunk = weight[start : start + rows].float()
+        chunk = weight[start : start + rows].float().contiguous()
         if columns is not None:
             chunk = chunk / columns
         chunk_codes, chunk_scales, chunk_mins = encode(chunk.reshape(len(chunk), -1, size), grouped_importance)

@@ -27,9 +27,9 @@ DECODER_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 # The formats that experts can have, on a CPU, how many inputs may share a scale then, and what has to divide their
 # intermediate size.
 EXPERT_FORMATS: dict[str, tuple[int | None, ...]] = {
-    "sym_int4": (32, 64, 128),
-    "asym_int4": (32, 64, 128),
+    **dict.fromkeys(("sym_int4", "asym_int4", "nf4", "fp4"), (32, 64, 128)),
     INT8: (None, 32, 64),
+    **dict.fromkeys(("fp8_e4m3", "fp8_e5m2"), (None, 32, 64, 128)),
 }
 EXPERT_TILE = 32
 

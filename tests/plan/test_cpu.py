@@ -451,7 +451,7 @@ def test_experts_are_counted_as_what_they_are(tmp_path):
     assert weight_bytes(model.share_of(2), WorkerOptions(low_bit="sym_int4")) == (kept + quantized) // 2
     in_odd_parts = kept + quantized + experts * (2 - 4.5 / 8)  # of 16 rows, so experts stay as they are
     assert weight_bytes(model, WorkerOptions(low_bit="sym_int4"), num_ranks=16) == in_odd_parts
-    kept_experts = weight_bytes(model, WorkerOptions(low_bit="nf4")) - weight_bytes(
+    kept_experts = weight_bytes(model, WorkerOptions(low_bit="fp6")) - weight_bytes(
         model, WorkerOptions(low_bit="sym_int4")
     )
     assert kept_experts >= experts * (2 - 1)

@@ -239,11 +239,11 @@ void experts_operator(Value *stack, uint64_t, uint64_t) {
     const Tensor gate_up_bias = take_optional_tensor(stack[3]), down_bias = take_optional_tensor(stack[4]);
     const Tensor weights = contiguous(take_tensor(stack[5])), ids = contiguous(take_tensor(stack[6]));
     ExpertsCall call{};
-    call.bits = int32_t(stack[7]);
-    call.intermediate = int64_t(stack[8]);
-    call.gate_up_group = int64_t(stack[9]);
-    call.down_group = int64_t(stack[10]);
-    call.symmetric = stack[11] & 1;
+    call.gate_up_format = int32_t(stack[7]);
+    call.down_format = int32_t(stack[8]);
+    call.intermediate = int64_t(stack[9]);
+    call.gate_up_group = int64_t(stack[10]);
+    call.down_group = int64_t(stack[11]);
     call.activation = int32_t(stack[12]);
     const auto sizes = x.sizes(), chosen = ids.sizes(), packed = gate_up.sizes(), packed_down = down.sizes();
     if (sizes.size() != 2 || packed.size() != 2 || packed_down.size() != 2)
@@ -252,28 +252,35 @@ void experts_operator(Value *stack, uint64_t, uint64_t) {
         fail("experts' weights and ids are [tokens, chosen], of at most 64 each");
     if (ids.torch_dtype() != torch.int32() || weights.dtype() != common::kFloat32 || x.dtype() < 0)
         fail("experts take float32, float16 or bfloat16, float32 weights and int32 ids");
+    for (const int32_t format : {call.gate_up_format, call.down_format})
+        if (format < 0 || format > experts::kE5M2) fail("experts have no such format");
     if (call.activation < 0 || call.activation > experts::kClampedSwiglu) fail("experts have no such activation");
     call.tokens = sizes[0];
     call.hidden = sizes[1];
     call.chosen = chosen[1];
     call.experts = packed[0];
-    const auto checked = [&](const Tensor &tensor, int64_t outputs, int64_t inputs, int64_t group) {
-        const bool fits = call.bits == 4 ? (group == 32 || group == 64 || group == 128) && inputs % group == 0
-                                         : group == 0 || ((group == 32 || group == 64) && inputs % group == 0);
-        const w4a8::Weights four{nullptr, outputs, inputs, group, call.symmetric != 0};
-        const w8a8::Weights eight{nullptr, outputs, inputs, group};
-        if ((call.bits != 4 && call.bits != 8) || !fits || call.intermediate % common::kTileOutputs)
-            fail("experts have 4 or 8 bits, an intermediate size that 32 divides, and groups that divide the inputs");
-        const int64_t bytes = call.bits == 4 ? four.tiles() * four.groups() * four.block_bytes()
-                                             : eight.tiles() * eight.tile_bytes();
+    const auto divides = [&](int64_t group, int64_t inputs, int32_t format) {
+        if (group == 0) return format >= experts::kInt8;
+        const bool is_known = group == 32 || group == 64 || (group == 128 && format != experts::kInt8);
+        return is_known && inputs % group == 0;
+    };
+    if (!divides(call.gate_up_group, call.hidden, call.gate_up_format) || call.intermediate % common::kTileOutputs ||
+        !divides(call.down_group, call.intermediate, call.down_format))
+        fail("experts have an intermediate size that 32 divides, and groups that divide the inputs");
+    const auto checked = [&](const Tensor &tensor, const auto &weights) {
         const auto shape = tensor.sizes();
-        if (shape[0] != call.experts || shape[1] != bytes || !tensor.is_contiguous())
-            fail("packed experts of " + std::to_string(shape[1]) + " bytes each are not [" + std::to_string(outputs) +
-                 ", " + std::to_string(inputs) + "]");
+        if (shape[0] != call.experts || shape[1] != weights.tiles() * experts::tile_bytes(weights) ||
+            !tensor.is_contiguous())
+            fail("packed experts of " + std::to_string(shape[1]) + " bytes each are not [" +
+                 std::to_string(weights.outputs) + ", " + std::to_string(weights.inputs) + "]");
         return static_cast<const uint8_t *>(tensor.data());
     };
-    call.gate_up = checked(gate_up, 2 * call.intermediate, call.hidden, call.gate_up_group);
-    call.down = checked(down, call.hidden, call.intermediate, call.down_group);
+    const int32_t status = experts::with_weights(call, [&](const auto &gate_up_weights, const auto &down_weights) {
+        call.gate_up = checked(gate_up, gate_up_weights);
+        call.down = checked(down, down_weights);
+        return 0;
+    });
+    if (status) fail("experts are of integers or of 8-bit floats, not of both");
     const auto bias_of = [&](const Tensor &bias, int64_t outputs) -> const float * {
         if (!bias) return nullptr;
         if (bias.numel() != call.experts * outputs || bias.dtype() != common::kFloat32 || !bias.is_contiguous())
@@ -288,7 +295,7 @@ void experts_operator(Value *stack, uint64_t, uint64_t) {
     call.ids = static_cast<const int32_t *>(ids.data());
     call.out = out.data();
     call.dtype = x.dtype();
-    usable(0, call.bits == 4 ? w4a8_isa(1) : w8a8_isa(1), "experts'");
+    usable(0, w4a8_isa(1), "experts'"); // the least that any of the three matmuls needs
     call.isa = int32_t(stack[13]);
     call.threads = omp_get_max_threads();
     if (experts_forward(&call)) throw std::bad_alloc();

@@ -84,6 +84,12 @@ def pack(codes: Tensor, scales: Tensor, mins: Tensor | None) -> Tensor:
     return torch.cat([*terms, nibbles], dim=-1).flatten()
 
 
+def pack_weight(weight: QuantizedWeight) -> Tensor:
+    """`pack` a weight of one of `W4A8Linear.formats`, a table's with scales that count its `UNITS`."""
+    mins = None if weight.mins is None else weight.mins.float()
+    return pack(weight.codes, weight.scales.float() / UNITS.get(weight.format.name, 1), mins)
+
+
 def _term_bytes(term: Tensor, padding: int) -> Tensor:
     """[N, groups] -> uint8 [tiles, groups, 64]: one float16 for each output of a tile."""
     halves = term.to(torch.float16)
@@ -165,9 +171,7 @@ class W4A8Linear(LowBitLinear):
 
     def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
         super().__init__(weight, dtype)
-        mins = None if weight.mins is None else weight.mins.float()
-        scales = weight.scales.float() / UNITS.get(self.format.name, 1)
-        self.register_buffer("packed", pack(weight.codes, scales, mins), persistent=False)
+        self.register_buffer("packed", pack_weight(weight), persistent=False)
 
     def describe(self, format: Format, group_size: int | None, out_features: int, in_features: int) -> None:
         super().describe(format, group_size, out_features, in_features)

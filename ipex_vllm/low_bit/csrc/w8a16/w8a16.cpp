@@ -5,13 +5,9 @@
 
 using namespace w8a16;
 
-namespace {
-
-const Kernel &kernel(Isa isa) {
+const Kernel &w8a16::kernel(int32_t isa) {
     return isa == kAvx512Bf16 ? kAvx512Bf16Kernel : isa == kAvx512 ? kAvx512Kernel : kAvx2Kernel;
 }
-
-} // namespace
 
 int32_t w8a16_isa(int32_t dtype) {
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
@@ -23,11 +19,11 @@ int32_t w8a16_isa(int32_t dtype) {
 
 int32_t w8a16_linear(const void *x, const void *packed, const void *bias, void *out, int64_t rows, int64_t outputs,
                      int64_t inputs, int64_t group, int32_t format, int32_t dtype, int32_t bias_dtype, int32_t isa, int32_t threads) {
-    const Kernel &k = kernel(Isa(isa));
+    const Kernel &k = kernel(isa);
     const Weights weights{static_cast<const uint8_t *>(packed), outputs, inputs, group, Format(format)};
     const Output output{out, DType(dtype), bias, DType(bias_dtype)};
 
-    const int64_t stride = common::round_up(inputs, 16) + kRowPadding;
+    const int64_t stride = row_stride(inputs);
     const common::Buffer buffer = common::allocate(rows * stride * k.value_bytes);
     if (!buffer) return -1;
     const Activations activations{buffer.get(), stride};

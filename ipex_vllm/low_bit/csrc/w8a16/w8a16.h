@@ -49,6 +49,11 @@ extern const Kernel kAvx2Kernel;
 extern const Kernel kAvx512Kernel;
 extern const Kernel kAvx512Bf16Kernel;
 
+const Kernel &kernel(int32_t isa);
+
+// Floats between two rows, so that each holds `inputs` and zeros up to whole vectors.
+inline int64_t row_stride(int64_t inputs) { return common::round_up(inputs, 16) + kRowPadding; }
+
 } // namespace w8a16
 
 #pragma GCC visibility push(default)
