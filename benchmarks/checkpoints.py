@@ -1,4 +1,4 @@
-"""Write a model directory's linear layers as AWQ, GPTQ, AutoRound, compressed-tensors and fp8 checkpoints store them.
+"""Write a model directory's linear layers as AWQ, GPTQ, AutoRound, compressed-tensors, fp8 and MXFP4 checkpoints do.
 
     python -m benchmarks.checkpoints --model-path DIR --layout awq --out OUT
 
@@ -51,11 +51,15 @@ Store = Callable[[torch.Tensor, int], tuple[dict[str, torch.Tensor], torch.Tenso
 
 @dataclass(frozen=True)
 class Layout:
-    """A tool's way of storing weights, the `quantization_config` that says so, and our format of the same codes."""
+    """A tool's way of storing weights, the `quantization_config` that says so, and our format of the same codes.
+
+    `of_experts` is of those whose linear layers stay as they are.
+    """
 
     format: str
     store: Store
     config: Callable[[int], dict[str, Any]]
+    of_experts: bool = False
 
 
 def awq_tensors(rounded: Rounded) -> dict[str, torch.Tensor]:
@@ -191,7 +195,9 @@ def fp8(rows: int, scale_name: str) -> Store:
 
 
 def fp8_config(group_size: int) -> dict[str, Any]:
-    return {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [group_size, group_size]}
+    routers = [f"model.layers.{layer}.mlp.gate" for layer in range(100)]
+    common = {"quant_method": "fp8", "activation_scheme": "dynamic", "modules_to_not_convert": ["lm_head", *routers]}
+    return {**common, "weight_block_size": [group_size, group_size]}
 
 
 def compressed_fp8_config(_: int) -> dict[str, Any]:
@@ -204,8 +210,54 @@ def compressed_fp8_config(_: int) -> dict[str, Any]:
         "format": "float-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
+        "ignore": ["lm_head", "re:.*mlp.gate$"],
     }
+
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+def round_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Round [..., in] to 4-bit floats whose largest exponent is that of the block's largest number.
+
+    Returns codes uint8 [..., in / 32, 16], the first of two in the low half, exponents [..., in / 32], and the values.
+    """
+    blocks = weight.float().reshape(*weight.shape[:-1], -1, 32)
+    # 6 is 1.5 * 2^2.
+    exponents = torch.frexp(blocks.abs().amax(-1).clamp(min=2.0**-100)).exponent - 1 - 2 + 127
+    scales = (exponents << 23).view(torch.float32).unsqueeze(-1)
+    scaled = blocks / scales
+    numbers = (scaled.abs().unsqueeze(-1) - E2M1).abs().argmin(-1)
+    codes = (numbers + 8 * (scaled < 0)).to(torch.uint8)
+    values = E2M1[numbers] * scaled.sign() * scales
+    return codes[..., 0::2] | codes[..., 1::2] << 4, exponents.to(torch.uint8), values.flatten(-2)
+
+
+def mxfp4_tensors(weight: torch.Tensor, _: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    codes, exponents, values = round_mxfp4(weight)
+    return {"weight_packed": codes.flatten(-2), "weight_scale": exponents}, values
+
+
+def gpt_oss_tensors(weight: torch.Tensor, _: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Of stacked experts [experts, in, out], whose inputs come last in the file."""
+    codes, exponents, values = round_mxfp4(weight.transpose(1, 2))
+    return {"_blocks": codes, "_scales": exponents}, values.transpose(1, 2)
+
+
+def compressed_mxfp4_config(_: int) -> dict[str, Any]:
+    weights = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "group", "group_size": 32}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "mxfp4-pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {**weights, "dynamic": False}}},
+        "ignore": ["lm_head", "re:.*mlp.gate$"],
+    }
+
+
+def gpt_oss_config(_: int) -> dict[str, Any]:
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    return {"quant_method": "mxfp4", "modules_to_not_convert": kept}
 
 
 SYMMETRIC, ASYMMETRIC = "sym_int4", "asym_int4"
@@ -220,6 +272,8 @@ LAYOUTS = {
     "compressed-tensors-asym": Layout(ASYMMETRIC, integers(compressed_tensors, False), compressed_config(False)),
     "fp8-blocks": Layout("fp8_e4m3", fp8(128, "weight_scale_inv"), fp8_config),
     "fp8-channels": Layout("fp8_e4m3", fp8(0, "weight_scale"), compressed_fp8_config),
+    "mxfp4": Layout("fp4", mxfp4_tensors, compressed_mxfp4_config),
+    "gpt-oss": Layout("fp4", gpt_oss_tensors, gpt_oss_config, of_experts=True),
 }
 
 
@@ -231,18 +285,25 @@ def write(source: Path, out: Path, layout: Layout, group_size: int = 128, values
     stored: dict[str, torch.Tensor] = {}
     meant: dict[str, torch.Tensor] = {}
     for name, tensor in read(source):
-        if tensor.dim() != 2 or KEPT.search(name) or not name.endswith(".weight"):
+        if not is_stored(name, tensor, layout):
             stored[name] = tensor.half()
             meant[name] = stored[name].float()
             continue
         parts, value = layout.store(tensor, group_size)
         for end, part in parts.items():
-            stored[f"{name.removesuffix('.weight')}.{end}"] = part.contiguous()
+            stored[name + end if layout.of_experts else f"{name.removesuffix('.weight')}.{end}"] = part.contiguous()
         if values is not None:
             meant[name] = value
     write_directory(source, out, stored, {"dtype": "float16", "quantization_config": layout.config(group_size)})
     if values is not None:
         write_directory(source, values, meant, {"dtype": "float32"})
+
+
+def is_stored(name: str, tensor: torch.Tensor, layout: Layout) -> bool:
+    """Whether the layout has a way of its own for this tensor."""
+    if layout.of_experts:
+        return tensor.dim() == 3
+    return tensor.dim() == 2 and name.endswith(".weight") and not KEPT.search(name)
 
 
 def write_directory(source: Path, out: Path, tensors: dict[str, torch.Tensor], changes: dict[str, Any]) -> None:

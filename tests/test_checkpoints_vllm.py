@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Mxfp4Config,
     PreTrainedModel,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
@@ -25,11 +29,12 @@ SHAPE = {**WITH_ANY_HEAD, "tie_word_embeddings": False}
 # Its merged projections are made of whole blocks.
 WIDE = {**SHAPE, "hidden_size": 256, "intermediate_size": 384}
 MIXTURE = {"moe_intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2, "head_dim": 32}
+OSS = {"intermediate_size": 128, "num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 32, "sliding_window": 16}
 # The group sizes are those of our kernel, and one twice as large as the largest.
 GROUP_SIZES = {"fp8-blocks": 128, "awq": 64, "gptq-act-order": 32, "gptq": 128, "compressed-tensors": 32}
-DENSE = [name for name, layout in LAYOUTS.items() if layout.format != "fp8_e4m3"]
-FP8 = [name for name in LAYOUTS if name not in DENSE]
-EXPERTS = ["awq", "gptq", "gptq-v2", "compressed-tensors-asym"]
+FP8 = [name for name, layout in LAYOUTS.items() if layout.format == "fp8_e4m3"]
+DENSE = [name for name, layout in LAYOUTS.items() if name not in FP8 and not layout.of_experts]
+EXPERTS = ["awq", "gptq", "gptq-v2", "compressed-tensors-asym", "mxfp4"]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +45,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, to
     dense, mixture = LlamaForCausalLM(LlamaConfig(**SHAPE)), Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **MIXTURE))
     found = {}
     wide = LlamaForCausalLM(LlamaConfig(**WIDE))
-    for model, source, names in ((dense, "dense", DENSE), (mixture, "experts", EXPERTS), (wide, "wide", FP8)):
+    wide_mixture = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**{**WIDE, **MIXTURE, "moe_intermediate_size": 128, "head_dim": 64})
+    )
+    for model, source, names in (
+        (dense, "dense", DENSE),
+        (mixture, "experts", EXPERTS),
+        (wide, "wide", FP8),
+        (wide_mixture, "wide experts", FP8),
+    ):
         model.save_pretrained(folder / source)
         for name in names:
             out, values = folder / f"{source} {name}", folder / f"{source} {name} in float32"
@@ -50,7 +63,24 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, to
             with torch.inference_mode():
                 logprobs = meant.eval()(torch.tensor([PROMPT])).logits[0].log_softmax(-1)
             found[out.name] = out, logprobs[range(len(PROMPT) - 1), PROMPT[1:]]
+    found["gpt-oss"] = write_gpt_oss(folder)
     return found
+
+
+def write_gpt_oss(folder: Path) -> tuple[Path, torch.Tensor]:
+    """As gpt-oss comes: experts in MXFP4. What they stand for is what Transformers makes of them."""
+    source, out = folder / "gpt-oss in full", folder / "gpt-oss"
+    model = GptOssForCausalLM(GptOssConfig(**{**SHAPE, **OSS}, layer_types=None))
+    for name, parameter in model.named_parameters():
+        if "bias" in name or "sinks" in name or "experts." in name:
+            nn.init.normal_(parameter, std=0.2)
+    model.bfloat16().save_pretrained(source)
+    write(source, out, LAYOUTS["gpt-oss"])
+    unpacked = Mxfp4Config(dequantize=True)
+    meant = AutoModelForCausalLM.from_pretrained(out, quantization_config=unpacked, dtype=torch.float32)
+    with torch.inference_mode():
+        logprobs = meant.eval()(torch.tensor([PROMPT])).logits[0].log_softmax(-1)
+    return out, logprobs[range(len(PROMPT) - 1), PROMPT[1:]]
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +100,13 @@ def results(
         "dense gptq-act-order, compiled": arguments_of("dense gptq-act-order", enforce_eager=False),
         "dense awq, upstream": arguments_of("dense awq", dtype="bfloat16", **upstream),
         "dense gptq-asym, upstream": arguments_of("dense gptq-asym", dtype="bfloat16", **upstream),
+        "dense mxfp4, served": arguments_of("dense mxfp4", dtype="bfloat16"),
+        "experts awq, 2 ranks": arguments_of("experts awq", tensor_parallel_size=2),
+        "gpt-oss": arguments_of("gpt-oss"),
+        "gpt-oss, 2 ranks": arguments_of("gpt-oss", dtype="bfloat16", tensor_parallel_size=2),
+        "gpt-oss, experts over 2 ranks": arguments_of(
+            "gpt-oss", tensor_parallel_size=2, enable_expert_parallel=True, enforce_eager=False
+        ),
     }
     return run_vllm(arguments, tmp_path_factory.mktemp("vllm"))
 
@@ -90,7 +127,12 @@ def test_the_codes_stand_for_what_the_tool_meant(
     [
         "dense awq, served",
         "dense gptq-act-order, compiled",
+        "dense mxfp4, served",
+        "gpt-oss",
+        "gpt-oss, 2 ranks",
+        "gpt-oss, experts over 2 ranks",
         *(f"experts {layout}" for layout in EXPERTS),
+        "experts awq, 2 ranks",
     ],
 )
 def test_with_8_bit_activations_the_rest_is_the_same(
@@ -98,7 +140,7 @@ def test_with_8_bit_activations_the_rest_is_the_same(
 ) -> None:
     _, wanted = models[run.partition(",")[0]]
     assert (results[run].logprobs - wanted).abs().mean() < 0.06
-    kernel = "experts" if run.startswith("experts") else "w4a8"
+    kernel = "w4a8" if run.startswith("dense") else "experts"
     assert f"layers use the kernel {kernel}" in results[run].log
     assert "activations rounded to 8 bits" in results[run].log
 
@@ -110,6 +152,9 @@ def test_8_bit_floats_are_multiplied_by_activations_as_they_are(
     run, (_, wanted) = results[f"wide {layout}"], models[f"wide {layout}"]
     assert (run.logprobs - wanted).abs().mean() < 0.01
     assert f"fp8_e4m3: {LINEARS} layers use the kernel w8a16" in run.log
+    run, (_, wanted) = results[f"wide experts {layout}"], models[f"wide experts {layout}"]
+    assert (run.logprobs - wanted).abs().mean() < 0.01
+    assert "fp8_e4m3: 2 layers use the kernel experts" in run.log
 
 
 def test_the_user_may_leave_them_to_upstream_which_reads_the_same(

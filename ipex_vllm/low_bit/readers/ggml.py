@@ -3,8 +3,8 @@
     q4_0                    sym_int4 in groups of 32        its codes and scales as they are
     q4_1, q4_k              asym_int4 in groups of 32       its codes; q4_k's scale of a group is a product, rounded to
                                                             float16
-    q8_0, q5_0, iq4_nl,     sym_int8 in groups of 32        its codes, or the whole numbers that they stand for
-    mxfp4
+    mxfp4                   fp4 in groups of 32             its codes, in the order of our table
+    q8_0, q5_0, iq4_nl      sym_int8 in groups of 32        its codes, or the whole numbers that they stand for
     q5_k, q6_k, q5_1,       sym_int8 in groups of 32        rounded to the nearest of 255 steps, a quarter of their own
     q2_k, q3_k, iq4_xs                                      or less
     bf16, f16, f32          not quantized
@@ -21,21 +21,20 @@ import torch
 from ipex_vllm.low_bit.formats import FORMATS
 from ipex_vllm.low_bit.quantize import CHUNK_WEIGHTS, QuantizedWeight, quantize
 from ipex_vllm.low_bit.quantize import dequantize as dequantize_weight
+from ipex_vllm.low_bit.readers import mxfp4
 
 GROUP = 32
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 # ggml's numbers of the types that are read through Transformers.
 ROUNDED = {"q2_k": 10, "q3_k": 11, "q5_k": 13, "q6_k": 14, "iq4_xs": 23}
 IQ4_NL_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-# Twice the values of a 4-bit float (E2M1), which makes them whole.
-MXFP4_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 
 def format_of(kind: str) -> str:
     """The name of the format that blocks of this type become, or "none" where they are not quantized."""
     if kind in FLOATS:
         return "none"
-    return {"q4_0": "sym_int4", "q4_1": "asym_int4", "q4_k": "asym_int4"}.get(kind, "sym_int8")
+    return {"q4_0": "sym_int4", "q4_1": "asym_int4", "q4_k": "asym_int4", "mxfp4": "fp4"}.get(kind, "sym_int8")
 
 
 def decode(kind: str, rows: torch.Tensor) -> torch.Tensor | QuantizedWeight:
@@ -128,8 +127,7 @@ def _iq4_nl(rows: torch.Tensor) -> QuantizedWeight:
 
 def _mxfp4(rows: torch.Tensor) -> QuantizedWeight:
     blocks = _blocks(rows, 17)
-    scales = torch.exp2(blocks[..., 0].float() - 128)  # the exponent's bias, and one for the levels' being doubled
-    return _weight("sym_int8", _levels(MXFP4_LEVELS, blocks[..., 1:]), scales)
+    return mxfp4.quantized(_nibbles(blocks[..., 1:]).flatten(1), blocks[..., 0])
 
 
 EXACT: dict[str, Callable[[torch.Tensor], QuantizedWeight]] = {

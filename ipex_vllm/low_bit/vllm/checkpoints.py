@@ -1,4 +1,4 @@
-"""vLLM's configurations for AWQ, GPTQ, AutoRound and compressed-tensors on CPUs, as far as our kernels go.
+"""vLLM's configurations for AWQ, GPTQ, AutoRound, compressed-tensors, fp8 and gpt-oss on CPUs, where our kernels go.
 
 Registered under vLLM's names, in the place of its classes. What they add: experts, activations in float32, and GPTQ
 with zero points or with inputs in the order of their importance (`desc_act`), which vLLM 0.32 refuses.
@@ -17,6 +17,7 @@ from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig
 from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig, AutoGPTQLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 from vllm.model_executor.layers.quantization.inc.inc import INCConfig
 from vllm.model_executor.layers.quantization.utils.gptq_utils import get_dynamic_override, get_linear_quant_method
 from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
@@ -27,6 +28,7 @@ from vllm.platforms import current_platform
 from vllm.scalar_type import scalar_types
 
 from ipex_vllm.low_bit.kernels import w4a8
+from ipex_vllm.low_bit.vllm import fp8_experts, mxfp4
 from ipex_vllm.low_bit.vllm.int4_kernel import IpexInt4LinearKernel, leaves_to_upstream, register_kernel
 from ipex_vllm.low_bit.vllm.words_experts import (
     AwqExpertsMethod,
@@ -159,18 +161,41 @@ class AutoRoundConfig(INCConfig):  # type: ignore[misc]
 
 class CompressedConfig(CompressedTensorsConfig):  # type: ignore[misc]
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        if isinstance(layer, RoutedExperts):
-            self._add_fused_moe_to_target_scheme_map()
-            names = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
-            first, *others = [self.get_scheme_dict(layer, f"{prefix}.0.{name}") for name in names]
-            weights = first.get("weights") if first and others == [first, first] else None
-            if (
-                weights is not None
-                and first.get("format") == "pack-quantized"
-                and self._is_wNa16_group_channel(weights, first.get("input_activations"))
-                and reason_for_upstream(layer, weights.num_bits, weights.group_size or -1) is None
-            ):
+        own = self.own_experts_method(layer, prefix) if isinstance(layer, RoutedExperts) else None
+        return own or super().get_quant_method(layer, prefix)
+
+    def own_experts_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
+        self._add_fused_moe_to_target_scheme_map()
+        names = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
+        scheme, *others = [self.get_scheme_dict(layer, f"{prefix}.0.{name}") for name in names]
+        if not scheme or others != [scheme, scheme]:
+            return None
+        weights, inputs = scheme.get("weights"), scheme.get("input_activations")
+        if scheme.get("format") == "pack-quantized" and self._is_wNa16_group_channel(weights, inputs):
+            if reason_for_upstream(layer, weights.num_bits, weights.group_size or -1) is None:
                 return CompressedExpertsMethod(weights, layer.moe_config)
+        elif self._is_fp8_w8a8(weights, inputs) and weights.num_bits == 8:
+            if fp8_experts.reason_for_upstream(layer, weights.block_structure) is None:
+                return fp8_experts.CompressedFp8ExpertsMethod(weights, inputs, layer.moe_config)
+        elif self._is_mxfp4(weights) and mxfp4.reason_for_upstream(layer) is None:
+            return mxfp4.CompressedMxfp4ExpertsMethod(layer.moe_config)
+        return None
+
+
+class Fp8CheckpointConfig(Fp8Config):  # type: ignore[misc]
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if (
+            isinstance(layer, RoutedExperts)
+            and self.store_dtype is None
+            and not is_layer_skipped(
+                prefix,
+                self.ignored_layers,
+                self.packed_modules_mapping,
+                match_mode=self.ignored_layers_match_mode,
+            )
+            and fp8_experts.reason_for_upstream(layer, self.weight_block_size) is None
+        ):
+            return fp8_experts.Fp8ExpertsMethod(self, layer)
         return super().get_quant_method(layer, prefix)
 
 
@@ -180,14 +205,17 @@ CONFIGS: dict[type[QuantizationConfig], tuple[str, ...]] = {
     GptqConfig: ("gptq", "gptq_marlin", "auto_gptq"),
     AutoRoundConfig: ("inc",),
     CompressedConfig: ("compressed-tensors",),
+    mxfp4.OssConfig: ("gpt_oss_mxfp4",),
+    Fp8CheckpointConfig: ("fp8",),
 }
 
 
 def register_checkpoints() -> None:
-    """Let our kernels compute checkpoints in words, where they run; without them all stays vLLM's."""
+    """Let our kernels compute such checkpoints, where they run; without them all stays vLLM's."""
     if not current_platform.is_cpu() or w4a8.unavailable_reason() is not None:
         return
     register_kernel()
+    mxfp4.register_kernel()
     for config_class, names in CONFIGS.items():
         for name in names:
             register_quantization_config(name)(config_class)

@@ -62,6 +62,13 @@ def unsuitable_reason(layer: RoutedExperts) -> str | None:
     return None
 
 
+def gate_and_up(layer: RoutedExperts, num_rows: int) -> tuple[slice, slice]:
+    """Which rows of w13 are the gate's, and which up's: the halves, or in gpt-oss each second one."""
+    if layer.activation == MoEActivation.SWIGLUOAI:
+        return slice(0, None, 2), slice(1, None, 2)
+    return slice(num_rows // 2), slice(num_rows // 2, None)
+
+
 class KeptExpertsMethod(Kept, UnquantizedFusedMoEMethod):  # type: ignore[misc]
     pass
 
@@ -74,6 +81,13 @@ class WholeCopies(nn.Parameter):
     def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
         self.weight_loader(self, source)
         return self
+
+
+def drop_parameters(layer: RoutedExperts) -> None:
+    """Give the memory of what was loaded back."""
+    # vLLM may go on to offer the experts of other ranks, which has to find something.
+    names = [name for name in layer._parameters if name.startswith(("w13_", "w2_"))]
+    take_nothing(layer, names, lambda *arguments, **options: False)
 
 
 def loading(layer: RoutedExperts) -> Callable[..., bool | None]:
@@ -171,24 +185,20 @@ class QuantizeExpertsOnLoad(OnlineMoEMethodBase):  # type: ignore[misc]
             ACTIVATIONS[layer.activation],
             *biases,
         )
-        # vLLM goes on to offer the experts of other ranks, which has to find something.
-        names = [name for name in layer._parameters if name.startswith(("w13_", "w2_"))]
-        take_nothing(layer, names, lambda *arguments, **options: False)
+        drop_parameters(layer)
         if self.progress.cache is not None:
             self.progress.cache.write(self.prefix, self.about, dict(layer.low_bit.named_buffers()))
         self.progress.finish_layer(layer.low_bit)
 
-    def gate_and_up(self, layer: RoutedExperts, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The halves of [experts, 2 * intermediate, ...]: one after the other, or in gpt-oss each second row."""
-        rows = rows.detach().as_subclass(torch.Tensor)
-        if layer.activation == MoEActivation.SWIGLUOAI:
-            return rows[:, 0::2], rows[:, 1::2]
-        gate, up = rows.chunk(2, dim=1)
-        return gate, up
+    def gate_and_up(self, layer: RoutedExperts, both: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The parts of [experts, 2 * intermediate, ...]."""
+        both = both.detach().as_subclass(torch.Tensor)
+        return tuple(both[:, rows] for rows in gate_and_up(layer, both.shape[1]))
 
     def experts(self, layer: RoutedExperts) -> Iterator[Expert]:
         down = layer.w2_weight.detach().as_subclass(torch.Tensor)
-        return zip(*self.gate_and_up(layer, layer.w13_weight), down, strict=True)
+        gate, up = self.gate_and_up(layer, layer.w13_weight)
+        return zip(gate, up, down, strict=True)
 
     def apply(
         self,

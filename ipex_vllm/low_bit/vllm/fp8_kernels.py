@@ -6,7 +6,7 @@ in the others.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -111,14 +111,8 @@ class IpexFp8BlockLinearKernel(Fp8Kernel, Fp8BlockScaledMMLinearKernel):  # type
 
     def process_weights_after_loading(self, layer: Any) -> None:
         parameters = self._get_layer_params(layer)
-        codes = parameters.weight.data
-        scales = parameters.block_scale.data.float()
-        outputs, inputs = codes.shape
-        block = self.weight_group_shape
-        size = group_size(inputs, block.col)
-        assert size is not None
-        rows = scales.repeat_interleave(block.row, dim=0)[:outputs]
-        self.finish(layer, codes, rows.repeat_interleave(block.col // size, dim=1)[:, : inputs // size].contiguous())
+        codes, block = parameters.weight.data, self.weight_group_shape
+        self.finish(layer, codes, block_scales(parameters.block_scale.data, codes.shape, (block.row, block.col)))
         drop(layer, (parameters.WEIGHT, parameters.block_scale_attr), self.config.input_dtype)
 
     def apply_block_scaled_mm(self, *_: torch.Tensor, **__: torch.Tensor) -> torch.Tensor:
@@ -129,6 +123,15 @@ def group_size(inputs: int, block: int) -> int | None:
     """What a block's inputs are kept as, so that groups divide a layer's inputs even where blocks do not."""
     sizes = (size for size in sorted(w8a16.GROUP_SIZES, reverse=True) if block > 0)
     return next((size for size in sizes if block % size == 0 and inputs % size == 0), None)
+
+
+def block_scales(scales: torch.Tensor, shape: Sequence[int], block: Sequence[int]) -> torch.Tensor:
+    """The scales of blocks of so many outputs and inputs as float32 [out, groups], for a weight of this shape."""
+    (outputs, inputs), (height, width) = shape, block
+    size = group_size(inputs, width)
+    assert size is not None
+    rows = scales.float().repeat_interleave(height, dim=0)[:outputs]
+    return rows.repeat_interleave(width // size, dim=1)[:, : inputs // size].contiguous()
 
 
 def register_fp8_kernels() -> None:

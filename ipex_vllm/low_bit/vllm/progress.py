@@ -93,7 +93,7 @@ class CheckpointProgress(Progress):
 
     def report_kernels(self, layers: Sequence[LowBitLinear | LowBitExperts]) -> None:
         super().report_kernels(layers)
-        rounds = any(layer.format.kind == "integer" for layer in layers)
+        rounds = any(layer.format.kind != "float8" for layer in layers)
         activations = ", times activations rounded to 8 bits in groups of inputs" if rounds else ""
         logger.info(
             "these are the checkpoint's own codes%s; --upstream-kernels leaves it to vLLM's own kernels", activations
