@@ -82,7 +82,7 @@ def write(
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(name.split(".")[-2], 0)
         interleaves = architecture == "llama" and heads > 0
         stored = (_interleaved(weight, heads) if interleaves else weight).float()
-        if weight.dim() == 1 or "ffn_gate_inp" in name:
+        if weight.dim() == 1 or "ffn_gate_inp" in name or name.endswith("_exps.bias"):
             # Gemma's norms multiply by one more than their weight.
             is_gemmas = architecture.startswith("gemma") and "norm" in name
             writer.add_tensor(name, (stored + is_gemmas).numpy())
@@ -125,15 +125,16 @@ def _write_metadata(writer: gguf.GGUFWriter, architecture: str, config: Any) -> 
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
         plain = rope["rope_theta"] ** (-torch.arange(0, head_dim, 2) / head_dim)
         writer.add_tensor("rope_freqs.weight", (plain / scaled).float().numpy())
-    if getattr(config, "sliding_window", None) and architecture.startswith("gemma"):
+    if getattr(config, "sliding_window", None) and architecture.startswith(("gemma", "gpt-oss")):
         writer.add_sliding_window(config.sliding_window)
     if architecture == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
-    if architecture == "qwen3moe":
+    if architecture in ("qwen3moe", "gpt-oss"):
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
-        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+        sizes = (getattr(config, name, None) for name in ("moe_intermediate_size", "intermediate_size"))
+        writer.add_expert_feed_forward_length(next(filter(None, sizes)))
 
 
 def _write_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
@@ -153,13 +154,25 @@ def _tensors_of(architecture: str, model: Any) -> Iterator[tuple[str, torch.Tens
     names = gguf.get_tensor_name_map(number, model.config.num_hidden_layers)
     for name, parameter in model.named_parameters():
         layer = name.split(".")[2] if ".layers." in name else ""
-        if name.endswith("experts.gate_up_proj"):
-            for part, piece in zip(("gate", "up"), parameter.data.chunk(2, dim=1), strict=True):
-                yield f"blk.{layer}.ffn_{part}_exps.weight", piece
-        elif name.endswith("experts.down_proj"):
-            yield f"blk.{layer}.ffn_down_exps.weight", parameter.data
+        stem, end = (name[: -len("_bias")], "bias") if name.endswith("_proj_bias") else (name, "weight")
+        if stem.endswith("experts.gate_up_proj"):
+            for part, piece in zip(("gate", "up"), _gate_and_up(architecture, parameter.data, end), strict=True):
+                yield f"blk.{layer}.ffn_{part}_exps.{end}", piece
+        elif stem.endswith("experts.down_proj"):
+            turned = architecture == "gpt-oss" and end == "weight"
+            yield f"blk.{layer}.ffn_down_exps.{end}", parameter.data.mT if turned else parameter.data
+        elif name.endswith("sinks"):
+            yield f"blk.{layer}.attn_sinks.weight", parameter.data
         else:
             yield str(names.get_name(name, try_suffixes=(".weight", ".bias"))), parameter.data
+
+
+def _gate_and_up(architecture: str, both: torch.Tensor, end: str) -> tuple[torch.Tensor, ...]:
+    """The parts [experts, features, ...] of a stacked one: halves, but in gpt-oss in turn, inputs first."""
+    if architecture != "gpt-oss":
+        return both.chunk(2, dim=1)
+    by_features = both.mT if end == "weight" else both
+    return by_features[:, 0::2], by_features[:, 1::2]
 
 
 def _interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:

@@ -69,6 +69,26 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "norm_topk_prob": True,
         },
     ),
+    "gpt-oss": (
+        "GptOssConfig",
+        {
+            "head_dim": 32,
+            "intermediate_size": 64,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 16,
+            "layer_types": None,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 128,
+            },
+        },
+    ),
     "gemma2": ("Gemma2Config", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}),
     "gemma3": (
         "Gemma3TextConfig",
@@ -107,7 +127,7 @@ def make_model(architecture: str, **changes: Any) -> Any:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for each, parameter in model.named_parameters():
-        if parameter.dim() == 1:
+        if parameter.dim() == 1 or each.endswith("_bias"):
             parameter.data += torch.randn(parameter.shape) * 0.1
         elif ".experts." in each:
             parameter.data = (torch.randn(parameter.shape) * 0.1).bfloat16().float()  # as they are served

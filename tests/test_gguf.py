@@ -63,7 +63,9 @@ def test_blocks_become_the_weights_that_they_stand_for(number: int) -> None:
 @pytest.mark.parametrize("architecture", MODELS)
 def test_a_model_read_from_its_file_is_the_model_that_was_written(architecture: str, tmp_path: Path) -> None:
     model = make_model(architecture)
-    write(tmp_path / "model.gguf", architecture, model)
+    write(
+        tmp_path / "model.gguf", architecture, model, gpt_oss_kinds if architecture == "gpt-oss" else lambda _: Kind.F32
+    )
     directory = gguf_directory(str(tmp_path / "model.gguf"))
     assert directory is not None
     config = AutoConfig.from_pretrained(directory)
@@ -82,16 +84,35 @@ def state_dict(directory: Path, model: Any) -> dict[str, torch.Tensor]:
         module, _, end = name.rpartition(".")
         if end.startswith("blocks_"):
             state[f"{module}.weight"] = ggml.dequantize(end.removeprefix("blocks_"), tensor)
+        elif tensor.dtype == torch.uint8:  # of gpt-oss' experts, whose gate comes before up, under one name
+            state[name] = torch.cat((state[name], tensor)) if name in state else tensor
         else:
             state[name] = tensor.float()
     for name, parameter in model.named_parameters():
-        if ".experts." in name:
+        if ".experts." in name and model.config.model_type == "gpt_oss":
+            if not name.endswith("bias"):
+                state[name] = gpt_oss_experts(state, name, len(parameter))
+        elif ".experts." in name:
             parent, _, last = name.rpartition(".")
             parts = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
             experts = range(len(parameter))
             each = [torch.cat([state.pop(f"{parent}.{expert}.{part}.weight") for part in parts]) for expert in experts]
             state[name] = torch.stack(each)
     return state
+
+
+def gpt_oss_kinds(name: str) -> Kind:
+    return Kind.MXFP4 if "_exps" in name else Kind.F32
+
+
+def gpt_oss_experts(state: dict[str, torch.Tensor], name: str, num_experts: int) -> torch.Tensor:
+    """The stacked experts called `name` of what comes one by one: gate above up, which are in turn there."""
+    parent, _, last = name.rpartition(".")
+    part = {"gate_up_proj": "w13_weight", "down_proj": "w2_weight"}[last]
+    rows = [ggml.dequantize("mxfp4", state.pop(f"{parent}.{expert}.{part}")) for expert in range(num_experts)]
+    if last == "gate_up_proj":
+        rows = [torch.stack(both.chunk(2), dim=1).flatten(0, 1) for both in rows]
+    return torch.stack(rows).mT
 
 
 def test_llama_3s_scaling_is_what_its_divisors_say() -> None:

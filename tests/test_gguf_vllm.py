@@ -33,6 +33,15 @@ def mixed(name: str) -> Kind:
     return Kind.F16 if "blk.1.attn_k" in name else Kind.Q4_K
 
 
+def mixed_experts(name: str) -> Kind:
+    """As llama.cpp's Q4_K_M: down may have more bits than gate and up."""
+    return Kind.Q6_K if "blk.1.ffn_down" in name else Kind.Q4_K
+
+
+def gpt_oss(name: str) -> Kind:
+    return Kind.MXFP4 if "_exps" in name else Kind.Q8_0
+
+
 def of_one(kind: Kind) -> Callable[[str], Kind]:
     return lambda _: kind
 
@@ -41,7 +50,9 @@ FILES: dict[str, tuple[str, dict[str, Any], Callable[[str], Kind]]] = {
     "mixed": ("llama", WIDE, mixed),
     "f16": ("llama", {}, of_one(Kind.F16)),
     "qwen2": ("qwen2", {}, of_one(Kind.Q8_0)),
-    "qwen3moe": ("qwen3moe", {}, of_one(Kind.Q8_0)),
+    "qwen3moe": ("qwen3moe", {}, of_one(Kind.F16)),
+    "mixed experts": ("qwen3moe", {**WIDE, "moe_intermediate_size": 512}, mixed_experts),
+    "gpt-oss": ("gpt-oss", {}, gpt_oss),
     "gemma2": ("gemma2", {}, of_one(Kind.Q8_0)),
     "gemma3": ("gemma3", {}, of_one(Kind.Q8_0)),
     "phi3": ("phi3", {}, of_one(Kind.Q4_1)),
@@ -97,6 +108,9 @@ def results(
             "smollm2 served": arguments_of(files["smollm2"], prompt=smollm2[0]),
             "mixed compiled": arguments_of(files["mixed"], enforce_eager=False),
             "mixed, two ranks": arguments_of(files["mixed"], tensor_parallel_size=2),
+            "mixed experts": arguments_of(files["mixed experts"]),
+            "gpt-oss": arguments_of(files["gpt-oss"]),
+            "gpt-oss, two ranks": arguments_of(files["gpt-oss"], tensor_parallel_size=2, dtype="bfloat16"),
         }
         return run_vllm(arguments, folder)
 
@@ -115,11 +129,13 @@ def test_a_models_log_probabilities_are_transformers(
     assert (results[name].logprobs - wanted).abs().max() < allowed
 
 
-@pytest.mark.parametrize("run", ["mixed compiled", "mixed, two ranks"])
+@pytest.mark.parametrize(
+    "run", ["mixed compiled", "mixed, two ranks", "mixed experts", "gpt-oss", "gpt-oss, two ranks"]
+)
 def test_with_8_bit_activations_the_rest_is_the_same(
     run: str, expected: dict[str, tuple[Path, torch.Tensor]], results: dict[str, Result]
 ) -> None:
-    _, wanted = expected[run.partition(" ")[0].rstrip(",")]
+    _, wanted = expected[run.removesuffix(" compiled").partition(",")[0]]
     assert (results[run].logprobs - wanted).abs().mean() < 0.06
 
 
@@ -133,4 +149,6 @@ def test_smollm2_is_served_by_the_low_bit_kernels_and_shares_its_embedding_with_
 
 
 def test_the_log_says_what_experts_become(results: dict[str, Result]) -> None:
+    assert "fp4: 2 layers use the kernel experts" in results["gpt-oss"].log
+    assert "asym_int4: 2 layers use the kernel experts" in results["mixed experts"].log
     assert "not quantized: model.layers.0.mlp.experts and 1 more (experts are written out" in results["qwen3moe"].log

@@ -18,19 +18,20 @@ from typing import Any
 
 import torch
 
+from ipex_vllm.low_bit.kernels import experts
 from ipex_vllm.low_bit.quantize import CHUNK_WEIGHTS
 from ipex_vllm.low_bit.readers import ggml
 from ipex_vllm.low_bit.readers.base import ExistingQuantization
 from ipex_vllm.low_bit.readers.gguf_config import config_of
 from ipex_vllm.low_bit.readers.gguf_tokenizer import write_tokenizer
-from ipex_vllm.low_bit.recipe import ROUTER
+from ipex_vllm.low_bit.recipe import EXPERT_FORMATS, ROUTER
 from ipex_vllm.machine.facts import user_cache
 from ipex_vllm.machine.gguf import GgufHeader, GgufTensor, read_header
 
 # vLLM's load format and quantization for these models, and what `quant_method` says in their config.json.
 LOAD_FORMAT = METHOD = "ipex_gguf"
 FILES = "files"
-LAYOUT = 1  # a new number makes directories that older versions wrote be written again
+LAYOUT = 2  # a new number makes directories that older versions wrote be written again
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER = {
@@ -56,10 +57,21 @@ GEMMA_LAYER = LAYER | {
     "post_attention_norm": "post_attention_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-LAYERS = {"gemma2": GEMMA_LAYER, "gemma3": GEMMA_LAYER, "phi3": LAYER | {"ffn_up": "mlp.gate_up_proj"}}
+GPT_OSS_LAYER = LAYER | {
+    "attn_sinks": "self_attn.sinks",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_gate_inp": "mlp.router",
+}
+LAYERS = {
+    "gemma2": GEMMA_LAYER,
+    "gemma3": GEMMA_LAYER,
+    "phi3": LAYER | {"ffn_up": "mlp.gate_up_proj"},
+    "gpt-oss": GPT_OSS_LAYER,
+}
 BLOCK = re.compile(r"blk\.(?P<layer>\d+)\.(?P<part>\w+)\.(?P<end>weight|bias)")
-# Architectures whose class in vLLM does not let a quantization have its embedding.
-PLAIN_EMBEDDINGS = ("gemma2",)
+EXPERTS = re.compile(r"blk\.(?P<layer>\d+)\.ffn_(?P<part>gate|up|down)_exps\.(?P<end>weight|bias)")
+# What vLLM's class of an architecture does not let a quantization have.
+PLAIN = {"gemma2": ("model.embed_tokens",), "gpt-oss": ("model.embed_tokens", "lm_head")}
 # Read into the configuration.
 ROPE = {"rope_freqs.weight": "", "rope_factors_short.weight": "short_factor", "rope_factors_long.weight": "long_factor"}
 
@@ -155,15 +167,26 @@ def hf_name(header: GgufHeader, name: str) -> str:
     match = BLOCK.fullmatch(name)
     if match is None or match["part"] not in parts:
         raise ValueError(f"it holds the tensor {name}, which is not read")
-    return f"model.layers.{match['layer']}.{parts[match['part']]}.{match['end']}"
+    end = "" if match["part"] == "attn_sinks" else f".{match['end']}"
+    return f"model.layers.{match['layer']}.{parts[match['part']]}{end}"
+
+
+def expert_kinds(header: GgufHeader, layer: int | str) -> tuple[str, str, str] | None:
+    """ggml's types of a layer's gate, up and down; None where its experts have to be written out."""
+    names = [f"blk.{layer}.ffn_{part}_exps.weight" for part in ("gate", "up", "down")]
+    if experts.unavailable_reason() is not None or not header.tensors.keys() >= {*names}:
+        return None
+    gate, up, down = (header.tensors[name].kind for name in names)
+    formats = [ggml.format_of(kind) for kind in (gate, up, down)]
+    return (gate, up, down) if formats[0] == formats[1] and {*formats} <= EXPERT_FORMATS.keys() else None
 
 
 def read(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the model's tensors, under Transformers' names, over the memory of the mapped files.
 
     What multiplies or embeds comes as the blocks that are in the file, uint8 [rows, bytes of a row], under the name of
-    its module and `blocks_name` of its type; norms, biases, routers, experts and an embedding to which vLLM gives no
-    quantization in a float dtype.
+    its module and `blocks_name` of its type, an expert's under its own name; norms, biases, routers, experts that are
+    written out and an embedding to which vLLM gives no quantization in a float dtype.
     """
     config = json.loads((directory / "config.json").read_text())
     files = [Path(file) for file in config["quantization_config"][FILES]]
@@ -173,16 +196,16 @@ def read(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in header.tensors.items():
         if name in ROPE:
             continue
+        if (match := EXPERTS.fullmatch(name)) is not None:
+            yield from _experts(header, mapped, match)
+            continue
         wanted = hf_name(header, name)
         rows = _rows(tensor, mapped[tensor.file])
         if architecture == "llama" and ".attn_q." in name:
             rows = as_transformers_rotates(rows, config["num_attention_heads"])
         elif architecture == "llama" and ".attn_k." in name:
             rows = as_transformers_rotates(rows, config["num_key_value_heads"])
-        if len(tensor.shape) == 3:
-            for number, expert in enumerate(rows.view(tensor.shape[0], tensor.shape[1], -1)):
-                yield wanted.format(number), written_out(tensor.kind, expert)
-        elif wanted == "model.embed_tokens.weight" and architecture in PLAIN_EMBEDDINGS:
+        if wanted.removesuffix(".weight") in PLAIN.get(architecture, ()):
             yield wanted, written_out(tensor.kind, rows)
         elif len(tensor.shape) == 2 and not ROUTER.search(wanted.removesuffix(".weight")):
             yield f"{wanted.removesuffix('.weight')}.{blocks_name(tensor.kind)}", rows
@@ -191,6 +214,42 @@ def read(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
             values = values.view(tensor.shape)
             # Gemma's norms multiply by one more than their weight, and the file has what they multiply by.
             yield wanted, values - 1 if architecture in ("gemma2", "gemma3") and "norm" in name else values
+
+
+def _experts(
+    header: GgufHeader, mapped: dict[Path, torch.Tensor], match: re.Match[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What comes of a tensor of all experts of a layer, one by one."""
+    layer, part, is_bias = match["layer"], match["part"], match["end"] == "bias"
+
+    def stacked(part: str) -> torch.Tensor:
+        tensor = header.tensors[f"blk.{layer}.ffn_{part}_exps.{match['end']}"]
+        rows = _rows(tensor, mapped[tensor.file])
+        if is_bias:
+            return ggml.dequantize(tensor.kind, rows).view(tensor.shape)
+        return rows.view(*tensor.shape[:2], -1)
+
+    kinds = expert_kinds(header, layer)
+    if header.metadata["general.architecture"] == "gpt-oss":
+        # vLLM's class takes gate and up together: biases in turn, as its checkpoints do, and rows of both at once.
+        if part == "up":
+            return
+        prefix = f"model.layers.{layer}.mlp.experts"
+        both = (stacked("gate"), stacked("up")) if part == "gate" else (stacked("down"),)
+        if is_bias:
+            name = "gate_up_proj_bias" if part == "gate" else "down_proj_bias"
+            yield f"{prefix}.{name}", torch.stack(both, dim=-1).flatten(1)
+            return
+        if kinds is None:
+            raise ValueError("gpt-oss' experts are read in blocks alone, and there is no kernel for these")
+        name = "w13_weight" if part == "gate" else "w2_weight"
+        for number, parts in enumerate(zip(*both, strict=True)):
+            for rows in parts:  # the gate's, then up's: side by side they would be a copy
+                yield f"{prefix}.{number}.{name}", rows
+        return
+    wanted, kind = hf_name(header, match[0]), header.tensors[match[0]].kind
+    for number, rows in enumerate(stacked(part)):
+        yield wanted.format(number), rows if kinds is not None else written_out(kind, rows)
 
 
 def written_out(kind: str, rows: torch.Tensor) -> torch.Tensor:

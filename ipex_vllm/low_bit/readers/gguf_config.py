@@ -20,6 +20,7 @@ ARCHITECTURES = {
     "gemma2": ("gemma2", "Gemma2ForCausalLM"),
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
     "phi3": ("phi3", "Phi3ForCausalLM"),
+    "gpt-oss": ("gpt_oss", "GptOssForCausalLM"),
 }
 # The depth of the one model of each generation whose queries are scaled by the mean width of a head instead.
 GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
@@ -80,6 +81,16 @@ def config_of(
             "norm_topk_prob": True,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
+        }
+    if architecture == "gpt-oss":
+        # What is not in the file is the same in all models of this architecture.
+        rope = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+        config |= {
+            "intermediate_size": values["expert_feed_forward_length"],
+            "num_local_experts": values["expert_count"],
+            "num_experts_per_tok": values["expert_used_count"],
+            "sliding_window": values["attention.sliding_window"],
+            "rope_parameters": config["rope_parameters"] | rope,
         }
     if architecture in GEMMA_27B_LAYERS:
         is_27b = layers == GEMMA_27B_LAYERS[architecture]

@@ -26,11 +26,13 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.parameter import BasevLLMParameter
 
 from ipex_vllm.low_bit.linear import make_linear
+from ipex_vllm.low_bit.parts import codes_of, joined, own_inputs, padded
 from ipex_vllm.low_bit.quantize import QuantizedWeight
 from ipex_vllm.low_bit.readers import ggml, gguf
-from ipex_vllm.low_bit.recipe import ROUTER
+from ipex_vllm.low_bit.recipe import DECODER_LAYER, ROUTER
 from ipex_vllm.low_bit.rows import Rows
 from ipex_vllm.low_bit.vllm.config import OwnConfig
+from ipex_vllm.low_bit.vllm.gguf_experts import BlocksExpertsMethod
 from ipex_vllm.low_bit.vllm.progress import Progress
 from ipex_vllm.machine.gguf import read_header
 from ipex_vllm.machine.memory import forget_pages
@@ -41,9 +43,11 @@ class GgufConfig(OwnConfig):
 
     def __init__(self, files: list[str]) -> None:
         super().__init__()
-        tensors = read_header([Path(file) for file in files]).tensors
-        self.kinds = sorted({tensor.kind for tensor in tensors.values()})
-        self.is_tied = "output.weight" not in tensors
+        header = read_header([Path(file) for file in files])
+        self.kinds = sorted({tensor.kind for tensor in header.tensors.values()})
+        layers = range(header.metadata[f"{header.metadata['general.architecture']}.block_count"])
+        self.expert_kinds = {layer: gguf.expert_kinds(header, layer) for layer in layers}
+        self.is_tied = "output.weight" not in header.tensors
         self.progress = Progress("GGUF")
 
     @classmethod
@@ -60,6 +64,10 @@ class GgufConfig(OwnConfig):
         if isinstance(layer, VocabParallelEmbedding):
             return BlocksEmbeddingMethod(self.kinds, self.is_tied, self.progress)
         if isinstance(layer, RoutedExperts):
+            found = DECODER_LAYER.search(prefix)
+            kinds = None if found is None else self.expert_kinds[int(found[1])]
+            if kinds is not None:
+                return BlocksExpertsMethod(layer.moe_config, kinds, self.progress)
             self.progress.keep_layer(prefix, "experts are written out in full precision")
             return UnquantizedFusedMoEMethod(layer.moe_config)
         return None
@@ -118,31 +126,6 @@ def take_weights(layer: Any, kinds: list[str]) -> Iterator[torch.Tensor | Quanti
     for _, kind, rows, part in sorted(pieces, key=lambda piece: piece[0]):
         yield own_inputs(ggml.decode(kind, rows), *part)
         forget_pages(rows)
-
-
-def own_inputs(weight: torch.Tensor | QuantizedWeight, rank: int, ranks: int) -> torch.Tensor | QuantizedWeight:
-    """This rank's part of the inputs. Raises ValueError where that would cut a group."""
-    if ranks == 1:
-        return weight
-    if isinstance(weight, torch.Tensor):
-        return weight.chunk(ranks, dim=1)[rank]
-    if weight.scales.shape[1] % ranks:
-        inputs, group = weight.codes.shape[1], weight.group_size
-        raise ValueError(f"{inputs} inputs in groups of {group} cannot be split over {ranks} ranks")
-    terms = [
-        None if term is None else term.chunk(ranks, dim=1)[rank].contiguous()
-        for term in (weight.codes, weight.scales, weight.mins)
-    ]
-    return QuantizedWeight(weight.format, terms[0], terms[1], terms[2])  # type: ignore[arg-type]
-
-
-def joined(weights: list[QuantizedWeight]) -> QuantizedWeight:
-    """Weights of one format, one below the other."""
-    if len(weights) == 1:
-        return weights[0]
-    mins = None if weights[0].mins is None else torch.cat([weight.mins for weight in weights])  # type: ignore[misc]
-    codes, scales = torch.cat([weight.codes for weight in weights]), torch.cat([weight.scales for weight in weights])
-    return QuantizedWeight(weights[0].format, codes, scales, mins)
 
 
 class DenseLinear(nn.Module):
@@ -238,7 +221,7 @@ class BlocksEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
         weights = list(take_weights(layer, self.kinds))
         if not weights:  # a layer that another stage of a pipeline has
             return
-        padding = layer.num_embeddings_per_partition - len(_codes(weights[0]))
+        padding = layer.num_embeddings_per_partition - len(codes_of(weights[0]))
         weight = padded(weights[0], padding)
         computes = self.is_tied or isinstance(layer, ParallelLMHead)
         if isinstance(weight, torch.Tensor):
@@ -262,21 +245,3 @@ class BlocksEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
     def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
         rows: torch.Tensor = layer.rows.rows(input_).to(layer.low_bit_dtype)
         return rows
-
-
-def _codes(weight: torch.Tensor | QuantizedWeight) -> torch.Tensor:
-    return weight if isinstance(weight, torch.Tensor) else weight.codes
-
-
-def padded(weight: torch.Tensor | QuantizedWeight, num_rows: int) -> torch.Tensor | QuantizedWeight:
-    """The weight with so many rows of zeros below."""
-
-    def pad(term: torch.Tensor) -> torch.Tensor:
-        return torch.cat((term, term.new_zeros(num_rows, term.shape[1])))
-
-    if num_rows == 0:
-        return weight
-    if isinstance(weight, torch.Tensor):
-        return pad(weight)
-    mins = None if weight.mins is None else pad(weight.mins)
-    return QuantizedWeight(weight.format, pad(weight.codes), pad(weight.scales), mins)
