@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from ipex_vllm.low_bit import importance, vllm_arguments
 from ipex_vllm.low_bit.completeness import check_checkpoint
@@ -22,6 +31,18 @@ from ipex_vllm.low_bit.recipe import Recipe, Storage
 from ipex_vllm.low_bit.save import save
 
 QUANTIZED = [row for row in FORMATS.values() if row.kind != "dtype"]
+MIXTURE = {
+    "hidden_size": 128,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 64,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 320,
+}
 IPEX_LLM = Path(__file__).parent / "fixtures" / "ipex_llm_checkpoints"
 
 
@@ -120,6 +141,47 @@ def test_outer_layers_of_another_format_are_saved_as_such(model: Path) -> None:
     assert (recipe.outer, recipe.num_layers) == (FORMATS["sym_int8"], 1)
     tensors = load_file(out / "model.safetensors")
     assert tensors["model.layers.0.mlp.up_proj.weight"].dtype == torch.int8
+
+
+@pytest.mark.parametrize(("name", "marked"), [("sym_int4", "compressed-tensors"), ("asym_int4", "ipex_asym_int4")])
+def test_experts_that_are_stored_one_by_one_are_saved_as_they_would_be_opened(
+    name: str, marked: str, tmp_path: Path
+) -> None:
+    config = Qwen3MoeConfig(**MIXTURE)
+    Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(tmp_path / "model")
+    save(str(tmp_path / "model"), FORMATS[name], tmp_path / "out")
+    original, saved = (load_file(tmp_path / each / "model.safetensors") for each in ("model", "out"))
+    for expert in (0, 3):
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            layer = f"model.layers.0.mlp.experts.{expert}.{part}"
+            tensors = {key.removeprefix(f"{layer}."): saved[key] for key in saved if key.startswith(f"{layer}.")}
+            found, expected = from_tensors(FORMATS[name], tensors), quantize(original[f"{layer}.weight"], FORMATS[name])
+            assert torch.equal(found.codes, expected.codes)
+            assert torch.equal(found.scales, expected.scales)
+    assert torch.equal(saved["model.layers.0.mlp.gate.weight"], original["model.layers.0.mlp.gate.weight"])
+    quantization = quantization_of(tmp_path / "out")
+    assert (quantization["quant_method"], quantization[ours.EXPERTS]) == (marked, True)
+
+
+def test_stacked_experts_stay_as_they_are(tmp_path: Path) -> None:
+    config = GptOssConfig(**MIXTURE, layer_types=None)
+    GptOssForCausalLM(config).bfloat16().save_pretrained(tmp_path / "model")
+    save(str(tmp_path / "model"), FORMATS["sym_int4"], tmp_path / "out")
+    original, saved = (load_file(tmp_path / each / "model.safetensors") for each in ("model", "out"))
+    for name in ("gate_up_proj", "down_proj"):
+        key = f"model.layers.0.mlp.experts.{name}"
+        assert torch.equal(saved[key], original[key])
+    assert ours.EXPERTS not in quantization_of(tmp_path / "out")
+
+
+def test_a_saved_mixture_that_lacks_a_layers_experts_is_told(tmp_path: Path) -> None:
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**MIXTURE)).bfloat16().save_pretrained(tmp_path / "model")
+    save(str(tmp_path / "model"), FORMATS["sym_int4"], tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    save_file({name: each for name, each in load_file(file).items() if ".experts." not in name}, file)
+    (tmp_path / "out" / "model.safetensors.index.json").unlink()
+    with pytest.raises(ValueError, match=r"lacks 2 of the model's tensors: model\.layers\.0\.mlp\.experts"):
+        check_checkpoint(tmp_path / "out")
 
 
 def test_a_checkpoint_saved_before_groups_and_heads_were_recorded_is_what_it_was_then() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -17,8 +18,10 @@ from transformers import (
 
 from ipex_vllm.low_bit import importance
 from ipex_vllm.low_bit.formats import FORMATS
+from ipex_vllm.low_bit.layout import from_tensors
 from ipex_vllm.low_bit.quantize import dequantize, quantize
 from ipex_vllm.low_bit.recipe import ExpertStorage, on_load
+from ipex_vllm.low_bit.save import save
 from tests.low_bit_logprobs import PROMPT
 from tests.test_low_bit_vllm import MERGED, Result, rounded, run_vllm
 
@@ -55,6 +58,8 @@ FORMAT_OF = {
     "gpt-oss": "sym_int4",
     "odd": "sym_int4",
 }
+# Of these two, experts are in their files one by one.
+SAVED = {"qwen3-moe": "sym_int4", "olmoe": "fp8_e4m3"}
 # Where Transformers keeps an expert's inputs in the last dimension but one.
 TRANSPOSED = "gpt-oss"
 
@@ -69,6 +74,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             if "bias" in parameter_name or "sinks" in parameter_name or "experts." in parameter_name:
                 nn.init.normal_(parameter, std=0.2)
         model.bfloat16().save_pretrained(folder / name)
+    for name, format_name in SAVED.items():
+        save(str(folder / name), FORMATS[format_name], folder / f"{name} saved")
     return {path.name: path for path in folder.iterdir()}
 
 
@@ -85,7 +92,12 @@ def results(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         # Each rank has half of the experts, or half of each.
         "qwen3-moe on 2 ranks": {**qwen, "tensor_parallel_size": 2, "enable_expert_parallel": True},
         "gpt-oss on 2 ranks": {**arguments["gpt-oss"], "tensor_parallel_size": 2},
+        "qwen3-moe in fp8": {**qwen, "quantization": "ipex_fp8_e4m3"},
     }
+    for name in SAVED:
+        saved = {"model": str(models[f"{name} saved"])}
+        arguments[f"{name} saved"] = saved
+        arguments[f"{name} saved, on 2 ranks"] = {**saved, "tensor_parallel_size": 2}
     return run_vllm(arguments, tmp_path_factory.mktemp("vllm"))
 
 
@@ -137,6 +149,27 @@ def expected(model: Path, format_name: str, *, has_experts: bool = True, num_ran
     return logprobs(network)
 
 
+def expected_as_saved(model: Path, saved: Path, format_name: str) -> torch.Tensor:
+    """The log-probabilities with the weights that a saved checkpoint holds."""
+    tensors = load_file(saved / "model.safetensors")
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+    def weight(name: str) -> torch.Tensor:
+        parts = {key.removeprefix(f"{name}."): each for key, each in tensors.items() if key.startswith(f"{name}.")}
+        format = FORMATS["sym_int8" if name == "lm_head" else format_name]
+        return dequantize(from_tensors(format, parts)) if "weight_scale" in parts else parts["weight"].float()
+
+    for name, module in network.named_modules():
+        if type(module) is nn.Linear:
+            module.weight = nn.Parameter(weight(name))
+    for name, parameter in experts_of(network).items():
+        layer, _, last = name.rpartition(".")
+        parts = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
+        for expert, matrix in enumerate(parameter.data):
+            matrix.copy_(torch.cat([weight(f"{layer}.{expert}.{part}") for part in parts]))
+    return logprobs(network)
+
+
 def assert_close(run: Result, wanted: torch.Tensor, model: Path) -> None:
     """Activations are rounded to 8 bits; what is left must be well below what quantizing the weights changed."""
     unquantized = logprobs(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval())
@@ -161,6 +194,28 @@ def test_experts_are_quantized(run: str, name: str, models: dict[str, Path], res
     assert f"{FORMAT_OF[name]}: 2 layers use the kernel experts" in results[run].log
     if "compiled" in run:
         assert "saved AOT compiled function" in results[run].log
+
+
+@pytest.mark.parametrize("run_name", ["qwen3-moe saved", "qwen3-moe saved, on 2 ranks", "olmoe saved"])
+def test_saved_experts_are_opened_as_they_are(
+    run_name: str, models: dict[str, Path], results: dict[str, Result]
+) -> None:
+    run, name = results[run_name], run_name.partition(" ")[0]
+    wanted = expected_as_saved(models[name], models[f"{name} saved"], SAVED[name])
+    assert (run.logprobs - wanted).abs().mean() < 0.06
+    assert f"{SAVED[name]}: 2 layers use the kernel experts" in run.log
+
+
+def test_saved_experts_that_ranks_cannot_share_are_refused(results: dict[str, Result]) -> None:
+    assert "a rank's 48 intermediate features are no multiple of 32" in results["olmoe saved, on 2 ranks"].log
+
+
+def test_experts_of_8_bit_floats_leave_activations_as_they_are(
+    models: dict[str, Path], results: dict[str, Result]
+) -> None:
+    run, wanted = results["qwen3-moe in fp8"], expected(models["qwen3-moe"], "fp8_e4m3")
+    assert (run.logprobs - wanted).abs().mean() < 0.06
+    assert "fp8_e4m3: 2 layers use the kernel experts" in run.log
 
 
 def test_experts_that_no_kernel_takes_stay_as_they_are(models: dict[str, Path], results: dict[str, Result]) -> None:

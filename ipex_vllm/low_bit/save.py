@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,9 +21,21 @@ from ipex_vllm.low_bit.formats import Format
 from ipex_vllm.low_bit.layout import to_tensors
 from ipex_vllm.low_bit.quantize import quantize
 from ipex_vllm.low_bit.readers import ours, quantized_in
-from ipex_vllm.low_bit.recipe import OWN_TEXT, Recipe, Storage, count_layers, on_save, summarize_kept
+from ipex_vllm.low_bit.recipe import (
+    OWN_TEXT,
+    ExpertStorage,
+    Recipe,
+    Storage,
+    count_layers,
+    on_save,
+    summarize_kept,
+)
 from ipex_vllm.machine.checkpoint import SAFETENSORS_INDEX as INDEX
 from ipex_vllm.machine.checkpoint import header_of, some, weight_files
+
+# An expert's matrix, where a checkpoint has them one by one.
+EXPERT = re.compile(r"(?P<layer>.+\.experts)\.\d+\.(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
+DOWN = ("down_proj", "w2")
 
 # Of files that are not written here, and of their other layout, which vLLM would look for.
 DESCRIBE_THE_SOURCE = ("pytorch_model.bin.index.json", "consolidated.safetensors.index.json", "params.json")
@@ -39,7 +52,8 @@ def save(
 ) -> None:
     """Quantize the checkpoint at `model_path`, a directory or a Hugging Face name, into the new directory `out`.
 
-    The weights of the linear layers are replaced one by one, so memory holds one file of the result at a time. `head`,
+    The weights of the linear layers and of experts that are stored one by one are replaced one by one, so memory holds
+    one file of the result at a time; stacked experts stay, and are quantized when the checkpoint is opened. `head`,
     `group_size` and `outer` are those of `recipe.on_save`. With `calibration`, a text or `OWN_TEXT`, rounding goes
     further (`calibrate.py`), with the whole model in memory. What is stored in sym_int4, sym_int8 and fp8_e4m3 only is
     marked as compressed-tensors, which vLLM and others open without this package.
@@ -64,13 +78,15 @@ def save(
         for name, (_, in_features) in linears.shapes.items()
     }
     check_quantizable(source, linears, stored)
+    stored |= expert_storages(source, recipe)
     out.mkdir(parents=True, exist_ok=True)
     try:
         quantized = {name: storage for name, storage in stored.items() if isinstance(storage, Storage)}
         calibrated: dict[str, dict[str, torch.Tensor]] = {}
         if calibration is not None:
             text = None if calibration == OWN_TEXT else Path(calibration)
-            calibrated = dict(quantized_layers(str(source), quantized, text))
+            linear = {name: storage for name, storage in quantized.items() if name in linears.shapes}
+            calibrated = dict(quantized_layers(str(source), linear, text))
         _write(source, out, recipe, linears, stored, calibrated)
         check_checkpoint(out)
     except BaseException:  # Ctrl-C as well: half a checkpoint looks like a whole one
@@ -88,6 +104,23 @@ def check_quantizable(source: Path, linears: Linears, stored: dict[str, Storage 
         name for name, storage in stored.items() if isinstance(storage, Storage) and f"{name}.weight" not in found
     ]:
         raise ValueError(f"{source} names its tensors otherwise than Transformers does: it has no {some(lost)}")
+
+
+def expert_storages(source: Path, recipe: Recipe) -> dict[str, Storage | str]:
+    """How the matrices of experts are stored, by name, where the checkpoint has them one by one."""
+    found: dict[str, Storage | str] = {}
+    for file in weight_files(source):
+        for name, shape in header_of(file).items() if file.suffix == ".safetensors" else ():
+            if (match := EXPERT.fullmatch(name)) is None:
+                continue
+            is_down = match["part"] in DOWN
+            hidden, intermediate = shape if is_down else reversed(shape)
+            storage = recipe.expert_storage(match["layer"], hidden, intermediate)
+            if isinstance(storage, ExpertStorage):
+                found[name.removesuffix(".weight")] = storage.down if is_down else storage.gate_up
+            else:
+                found[name.removesuffix(".weight")] = storage
+    return found
 
 
 def names_in(file: Path) -> Iterable[str]:
@@ -149,8 +182,10 @@ def _quantization_config(recipe: Recipe, linears: Linears, stored: dict[str, Sto
         if isinstance(storage, Storage):
             layers.setdefault(storage, []).append(name)
     schemes = {storage: _scheme(storage) for storage in layers}
+    has_experts = any(isinstance(storage, Storage) and name not in linears.shapes for name, storage in stored.items())
+    marks = ours.mark(recipe) | ({ours.EXPERTS: True} if has_experts else {})
     if not all(schemes.values()):
-        return {"quant_method": f"ipex_{recipe.format.name}", **ours.mark(recipe)}
+        return {"quant_method": f"ipex_{recipe.format.name}", **marks}
     ignored = [linears.head] if linears.is_tied and linears.head else []
     ignored += [name for name, storage in stored.items() if isinstance(storage, str)]
     groups: dict[str, Any] = {}
@@ -168,7 +203,7 @@ def _quantization_config(recipe: Recipe, linears: Linears, stored: dict[str, Sto
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": ignored,
-        **ours.mark(recipe),
+        **marks,
     }
 
 

@@ -21,6 +21,8 @@ MARK = "ipex_vllm_format"
 # "none" (absent: the format of the other layers), and where the outer layers have their own, that and their number.
 GROUP_SIZE, HEAD = "ipex_vllm_group_size", "ipex_vllm_head"
 OUTER, NUM_LAYERS = "ipex_vllm_outer", "ipex_vllm_num_layers"
+# Whether the experts are quantized in the file, or when it is opened (absent).
+EXPERTS = "ipex_vllm_experts"
 
 
 def recognises(model_path: str, config: dict[str, Any]) -> ExistingQuantization | None:

@@ -24,6 +24,7 @@ from ipex_vllm.low_bit.vllm.experts import experts_method
 from ipex_vllm.low_bit.vllm.linear import EmbeddingMethod, LowBitMethod, OpenSaved, QuantizeOnLoad
 from ipex_vllm.low_bit.vllm.packed_cache import PackedCache
 from ipex_vllm.low_bit.vllm.progress import Progress
+from ipex_vllm.low_bit.vllm.saved_experts import saved_experts_method
 
 
 class OwnConfig(QuantizationConfig):  # type: ignore[misc]
@@ -58,6 +59,7 @@ class LowBitConfig(OwnConfig):
         self.recipe: Recipe | None = None
         self.importance_file: Path | None = None
         self.mapper: WeightsMapper | None = None
+        self.has_saved_experts = False
 
     @classmethod
     def get_name(cls) -> str:
@@ -67,6 +69,7 @@ class LowBitConfig(OwnConfig):
     def from_config(cls, config: dict[str, Any]) -> LowBitConfig:
         self = cls()
         self.method, self.recipe = OpenSaved, ours.recipe_of(config)
+        self.has_saved_experts = config.get(ours.EXPERTS, False)
         return self
 
     @classmethod
@@ -113,8 +116,9 @@ class LowBitConfig(OwnConfig):
         if isinstance(layer, VocabParallelEmbedding):
             return EmbeddingMethod(self.recipe, self.progress, prefix)
         if isinstance(layer, RoutedExperts):
-            # A saved checkpoint, too, has its experts as they were.
-            return experts_method(layer, self.recipe, self.progress, prefix)
+            # Stacked experts are as they were in a saved checkpoint, too.
+            choose = saved_experts_method if self.has_saved_experts else experts_method
+            return choose(layer, self.recipe, self.progress, prefix)
         return None
 
 
