@@ -20,6 +20,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from ipex_vllm.demo import MODEL_DIR
 from ipex_vllm.engines.vllm_drafts import DraftingScheduler
+from ipex_vllm.engines.vllm_requests import draft_counts
 
 LOOKUP = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
 SCHEMA = {"type": "object", "properties": {"name": {"enum": ["chunk", "chunks"]}}, "required": ["name"]}
@@ -33,9 +34,9 @@ CASES: dict[str, dict[str, Any]] = {
     "stop_token": {"stop_token_ids": list(range(300, 600))},
     "min_tokens": {"min_tokens": 18, "ignore_eos": False},
     "penalties": {"presence_penalty": 0.4, "frequency_penalty": 0.4, "repetition_penalty": 1.2},
-    "bad_words": {"bad_words": ["the", "text"]},
+    "bad_words": {"bad_words": ["."]},
     "allowed": {"allowed_token_ids": list(range(40, 400))},
-    "bias": {"logit_bias": dict.fromkeys(range(100, 110), 8.0)},
+    "bias": {"logit_bias": dict.fromkeys(range(100, 110), 100.0)},
     "min_p": {"temperature": 1.5, "min_p": 1.0},
     "several": {"temperature": 0.01, "n": 2},
     "json": {"structured_outputs": StructuredOutputsParams(json=SCHEMA)},
@@ -91,7 +92,7 @@ def answers(arguments: dict[str, Any]) -> dict[str, Any]:
             for name, output in zip(names[group], outputs, strict=True):
                 choices = [told(choice) for choice in output.outputs]
                 cases.setdefault(name, []).append([rounded(output.prompt_logprobs), *choices])
-                drafted += sum(choice.spec_decode_metrics.num_draft_tokens for choice in output.outputs if metrics)
+                drafted += sum(draft_counts(choice)[0] for choice in output.outputs)
     result = {"cases": cases, "drafted": drafted, "sampled": sampled(llm), "left": left(llm)}
     llm.llm_engine.engine_core.shutdown()
     return result
