@@ -4,8 +4,17 @@
 
 The engine's process is a fork of this one, in which functions of vLLM's are wrapped before it starts: each adds up its
 time in steps that decode one token of every stream, and no other. Kernels are timed by PyTorch's profiler, in steps of
-their own. What clients see between two tokens beyond a step is hops between the processes and the front end. All is
-counted; only remainders are derived.
+their own. All is counted; only remainders are derived:
+
+    gap        between two tokens of a stream, as a client of the engine sees it: the sum of all that follows
+    front end  what of it is not in a step: hops between the processes, and the worker's own work
+    scheduler  choosing what is computed, and taking up what came of it
+    inputs     making the tensors that the model is given
+    matmuls    kernels of linear layers, experts and the head
+    attention  its kernel, and the cache's
+    other      the rest of the model: norms, activations, rotation, and Python between operators
+    sampler    choosing the tokens
+    core       the rest of the engine's process
 """
 
 from __future__ import annotations
@@ -13,6 +22,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import mmap
+import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -163,12 +173,12 @@ def row(parts: dict[str, float], gap: float) -> dict[str, float]:
     inner = parts[FORWARD] + parts[HEAD]
     return {
         "gap": gap,
-        "hops and front end": gap - parts[STEP],
+        "front end": gap - parts[STEP],
         "scheduler": parts[SCHEDULER] + parts[UPDATE],
         "inputs": parts[RUNNER] - inner,
         "matmuls": parts[MATMULS],
         "attention": parts[ATTENTION],
-        "other operators, Python": inner - kernels,
+        "other": inner - kernels,
         "sampler": parts[SAMPLER],
         "core": parts[STEP] - parts[SCHEDULER] - parts[UPDATE] - parts[RUNNER] - parts[SAMPLER],
     }
@@ -179,9 +189,9 @@ async def measure(options: StepOptions, streams: Sequence[int]) -> list[dict[str
     clockwork.install()
     writer = PromptWriter(Path(options.model_path))
     engine = await start_engine(["--model-path", options.model_path, *shlex.split(options.worker)])
+    client = EngineClient(engine)
     rows = []
     try:
-        client = EngineClient(engine)
         await measure_client(client, [], make_work(WAKE_UP, writer), WAKE_UP, "waking up")
         for number_of_streams in streams:
             load = LoadOptions(
@@ -201,6 +211,7 @@ async def measure(options: StepOptions, streams: Sequence[int]) -> list[dict[str
             rows.append(row(clockwork.take(), 1000 * run.summary["tpot_s"]["p50"]))
     finally:
         await engine.stop()
+        del client, engine
     return rows
 
 
@@ -210,6 +221,7 @@ def main() -> int:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16], help="streams at once")
     args = parser.parse_args()
     options: StepOptions = from_namespace(StepOptions, args)
+    os.environ["KINETO_LOG_LEVEL"] = "9"  # PyTorch's profiler is chatty
     cpu.apply(MachineFacts.probe())  # as the worker does it for itself, and an engine that can be forked
     machine = describe_machine()
     rows = asyncio.run(measure(options, args.streams))

@@ -20,6 +20,7 @@ import yaml
 from benchmarks.compare.running import RunningSystem
 from benchmarks.compare.systems import launch
 from benchmarks.options import BenchmarkError
+from ipex_vllm.demo import MODEL_DIR
 from tests.support import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -222,3 +223,14 @@ def test_a_server_that_dies_at_start_says_why(model: Path, tmp_path: Path) -> No
         RunningSystem(system, tmp_path / "log", {}, os.sched_getaffinity(0)),
     ):
         pass
+
+
+def test_the_parts_of_a_step_add_up_to_what_a_client_sees() -> None:
+    flags = "--no-compile --kv-cache-gib 0.125 --max-model-len 256"
+    done = bench("benchmarks.steps", "--model-path", MODEL_DIR, "--worker", flags, "--output", 32, "--streams", 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (parts,) = json.loads(done.stdout.splitlines()[-1])["rows"].values()
+    gap = parts.pop("gap")
+    assert sum(parts.values()) == pytest.approx(gap)
+    assert all(parts[name] > 0 for name in ("scheduler", "inputs", "matmuls", "attention", "other", "sampler"))
+    assert parts["matmuls"] < gap
