@@ -1,10 +1,9 @@
 """What drafts gain and cost: one model, with and without them, on four kinds of work.
 
-    python -m benchmarks.speculation --model-path smollm2 --speculative auto --low-bit sym_int8
+    python -m benchmarks.speculation --model-path smollm2 --worker "--speculative ngram --low-bit sym_int8"
 
 Two engines of one process take turns (A B B A ...), so that what slows the machine down slows both. Each cell is the
-ratio of their output tokens per second over the pairs, with its 95 % interval. Flags that are not below are the
-worker's. A line of JSON is the last of the output.
+ratio of their output tokens per second over the pairs, with its 95 % interval. The output ends with a line of JSON.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import contextlib
 import inspect
 import json
 import pydoc
+import shlex
 import statistics
 import sys
 import time
@@ -88,11 +88,16 @@ class Cell:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speculation", description=__doc__.splitlines()[0])
+    parser.add_argument("--model-path", default="smollm2", help="as for the worker (default: %(default)s)")
+    parser.add_argument(
+        "--worker", default="--speculative auto", help="the worker's flags, quoted (default: %(default)s)"
+    )
     parser.add_argument("--work", default=",".join(WORK), help="kinds of work (default: %(default)s)")
     parser.add_argument("--streams", default="1,4,16", help="loads (default: %(default)s)")
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--tokens", type=int, default=64, help="output tokens of a request (default: %(default)s)")
-    options, flags = parser.parse_known_args()
+    options = parser.parse_args()
+    flags = ["--model-path", options.model_path, *shlex.split(options.worker)]
     machine = MachineFacts.probe()
     PLANNERS["cpu"].apply(machine)
     cells = asyncio.run(measure(machine, options, flags))
