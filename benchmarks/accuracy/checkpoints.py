@@ -1,7 +1,8 @@
 """Checkpoints in other tools' layouts: what computing them costs, against the same codes in float32 on Transformers.
 
-    python -m benchmarks.accuracy.checkpoints awq gptq
+    python -m benchmarks.accuracy.checkpoints awq gptq gguf
 
+`gguf` is SmolLM2's own file (Q4_1, the embedding in Q8_0) against Transformers' float32 reading of it.
 Prints a line a measurement and, as the last line of its output, all of them as JSON.
 """
 
@@ -20,10 +21,12 @@ from benchmarks.accuracy.__main__ import model_path, windows_of
 from benchmarks.accuracy.score import Reference, Score
 from benchmarks.accuracy.vllm_logits import score_vllm
 from benchmarks.checkpoints import LAYOUTS, write
-from ipex_vllm.low_bit import UPSTREAM_KERNELS
+from ipex_vllm.demo import resolve_model_path
+from ipex_vllm.low_bit import UPSTREAM_KERNELS, gguf_directory, vllm_arguments
 
 # The widest that divides SmolLM2's rows of 576.
 GROUP_SIZE = 64
+GGUF = "gguf"
 # vLLM's own kernels take 8-bit activations, a scale a token, in bfloat16 on a CPU with AMX, unless told otherwise.
 UPSTREAM = {"additional_config": {UPSTREAM_KERNELS: True}}
 WAYS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
@@ -52,16 +55,31 @@ def scores(path: str, layout: str, windows: torch.Tensor) -> Iterator[tuple[str,
             yield way, score_vllm(folder, arguments, environ=environ)
 
 
+def own_file(path: str, windows: torch.Tensor) -> Iterator[tuple[str, Score]]:
+    """SmolLM2's own file; at `path` is what Transformers reads from it."""
+    from transformers import AutoModelForCausalLM
+
+    directory = str(gguf_directory(resolve_model_path("smollm2")))
+    arguments = {"model": directory, **vllm_arguments(None, directory, "cpu")}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        meant: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        Reference.write(folder, meant.eval(), windows)
+        for dtype in ("float32", "bfloat16"):
+            yield dtype, score_vllm(folder, {**arguments, "dtype": dtype})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("layouts", nargs="+", choices=LAYOUTS)
+    parser.add_argument("layouts", nargs="+", choices=[*LAYOUTS, GGUF])
     parser.add_argument("--model", default="smollm2", help="smollm2, or a directory in full precision")
     parser.add_argument("--windows", type=int, default=12, help="of 512 tokens")
     options = parser.parse_args()
     path, rows = model_path(options.model), []
     windows = windows_of(options.model, path, options.windows)
     for layout in options.layouts:
-        for way, score in scores(path, layout, windows):
+        found = own_file(path, windows) if layout == GGUF else scores(path, layout, windows)
+        for way, score in found:
             row = {"layout": layout, "way": way, **score.row()}
             rows.append(row)
             print(*(f"{name} {value:.4f}" if isinstance(value, float) else value for name, value in row.items()))
