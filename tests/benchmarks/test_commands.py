@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,7 +18,10 @@ import psutil
 import pytest
 import yaml
 
+from benchmarks.compare.__main__ import Comparison
+from benchmarks.compare.findings import Findings
 from benchmarks.compare.running import RunningSystem
+from benchmarks.compare.spec import Spec
 from benchmarks.compare.systems import launch
 from benchmarks.options import BenchmarkError
 from ipex_vllm.demo import MODEL_DIR
@@ -95,17 +99,20 @@ def test_compare(model: Path, tmp_path: Path, resident: bool) -> None:
     assert "src=" not in html
 
 
-@pytest.mark.parametrize(("precision", "is_reached"), [(1e-9, False), (1e9, True)])
+@pytest.mark.parametrize(
+    ("widest", "num_rounds", "deadline", "is_over"),
+    [(0.2, 1, math.inf, False), (0.2, 2, math.inf, False), (0.2, 2, 0.0, True), (0.01, 2, math.inf, True)],
+)
 def test_rounds_go_on_until_the_intervals_are_narrow_or_time_is_up(
-    model: Path, tmp_path: Path, precision: float, is_reached: bool
-) -> None:
-    wishes = {"rounds": 2, "noise_rounds": 2, "precision": precision, "minutes": 0.05}
-    systems = {"quick": "fastchat 0.001", "slow": "fastchat 0.002"}
-    spec = write_spec(tmp_path / "spec.yaml", model, systems, resident=True, **wishes)
-    done = bench("benchmarks.compare", spec)
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout.splitlines()[-1])["workloads"]["c2"]["systems"]["slow"]["metrics"]["output_tps"]
-    assert (len(figures["values"]) == 2) == is_reached
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    widest: float, num_rounds: int, deadline: float, is_over: bool,
+) -> None:  # fmt: skip
+    wishes = {"rounds": 2, "noise_rounds": 3, "precision": 0.05}
+    spec = Spec.read(write_spec(tmp_path / "spec.yaml", model, {"quick": "fastchat 0", "slow": "fastchat 1"}, **wishes))
+    comparison = Comparison(spec, tmp_path, set())
+    monkeypatch.setattr(Findings, "widest", lambda self, names: widest)
+    assert comparison._is_over("main", ["quick", "slow"], num_rounds, deadline) == is_over
+    assert [comparison._is_over("noise", ["quick"], count, deadline) for count in (2, 3)] == [False, True]
 
 
 def test_an_absent_system_is_said_and_left_out(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,5 +239,4 @@ def test_the_parts_of_a_step_add_up_to_what_a_client_sees() -> None:
     (parts,) = json.loads(done.stdout.splitlines()[-1])["rows"].values()
     gap = parts.pop("gap")
     assert sum(parts.values()) == pytest.approx(gap)
-    assert all(parts[name] > 0 for name in ("scheduler", "inputs", "matmuls", "attention", "other", "sampler"))
-    assert parts["matmuls"] < gap
+    assert all(parts[name] > 0 for name in ("scheduler", "inputs", "matmuls", "attention", "sampler"))
