@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import contextlib
 import inspect
-import json
 import pydoc
 import shlex
 import statistics
@@ -23,6 +22,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.compare.statistics import paired_ratio
+from benchmarks.load.output import print_json_line
+from benchmarks.machine import describe_machine
+from benchmarks.options import run_main
 from ipex_vllm.engines.engine import Engine
 from ipex_vllm.engines.generation import Generation
 from ipex_vllm.machine.facts import MachineFacts
@@ -86,7 +88,7 @@ class Cell:
     drafted: float
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speculation", description=__doc__.splitlines()[0])
     parser.add_argument("--model-path", default="smollm2", help="as for the worker (default: %(default)s)")
     parser.add_argument(
@@ -100,6 +102,7 @@ def main() -> None:
     flags = ["--model-path", options.model_path, *shlex.split(options.worker)]
     machine = MachineFacts.probe()
     PLANNERS["cpu"].apply(machine)
+    described = describe_machine()
     cells = asyncio.run(measure(machine, options, flags))
     print(f"\n{machine.name}, {len(machine.cpus)} CPUs; {options.pairs} pairs of {options.tokens} tokens a request\n")
     print("| work | streams | without, tok/s | with | ratio | 95 % interval | drafts accepted | drafted a token |")
@@ -109,7 +112,8 @@ def main() -> None:
             f"| {cell.work} | {cell.streams} | {cell.without:.1f} | {cell.with_drafts:.1f} | {cell.ratio:.2f} | "
             f"{cell.low:.2f} to {cell.high:.2f} | {cell.accepted:.0%} | {cell.drafted:.2f} |"
         )
-    print(json.dumps([asdict(cell) for cell in cells]))
+    print_json_line({"kind": "speculation", "cells": [asdict(cell) for cell in cells], "machine": described})
+    return 0
 
 
 async def measure(machine: MachineFacts, options: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
@@ -187,4 +191,4 @@ async def generate(engine: Engine, work: Work, number: int, tokens: int) -> tupl
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

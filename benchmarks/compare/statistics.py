@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from benchmarks.load.metrics import NORMAL_95
+
 # Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom (any statistics table); normal beyond.
 T_95 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
     2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
     2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
-NORMAL_95 = 1.960
 
 
 @dataclass(frozen=True)

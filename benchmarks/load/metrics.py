@@ -17,7 +17,7 @@ from benchmarks.options import BenchmarkError
 
 Phase = Literal["warmup", "measured", "cooldown"]
 PERCENTILES = (50, 90, 99)
-NORMAL_95 = 1.96  # half of the width of 95 % of a normal distribution, in standard deviations
+NORMAL_95 = 1.960  # the two-sided 95 % quantile of a normal distribution, in standard deviations
 SLO_METRICS = ("ttft", "tpot", "e2e")
 
 
