@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,8 @@ def test_smollm2_is_served_by_the_low_bit_kernels_and_shares_its_embedding_with_
     assert (run.logprobs - smollm2[1]).abs().mean() < 0.06
     assert "asym_int4: 120 layers use the kernel w4a8" in run.log
     assert "sym_int8: 1 layers use the kernel w8a8" in run.log
+    (weight_bytes,) = re.findall(r"WEIGHT_BYTES (\d+)", run.log)
+    assert 0.9 < int(weight_bytes) / smollm2_file().stat().st_size < 1.15
 
 
 def test_the_log_says_what_experts_become(results: dict[str, Result]) -> None:

@@ -23,6 +23,7 @@ from benchmarks.accuracy import peers
 from benchmarks.accuracy.real_model import write_checkpoint
 from benchmarks.accuracy.score import Reference, Score, question_windows, score_transformers, text_windows
 from benchmarks.accuracy.vllm_logits import score_vllm
+from benchmarks.machine import describe_machine
 from ipex_vllm.demo import resolve_model_path
 from ipex_vllm.low_bit import importance, vllm_arguments
 from ipex_vllm.low_bit.formats import FORMATS, Format, resolve
@@ -106,7 +107,9 @@ def main() -> None:
     parser.add_argument("--parts", action="store_true", help="tell what weights, head and activations cost")
     parser.add_argument("--windows", type=int, default=12, help="of 512 tokens; of 64 for the demo model")
     parser.add_argument("--peers", nargs="*", default=[], choices=peers.PEERS, help="other engines to measure")
+    parser.add_argument("--out", type=Path, help="write all of it as JSON there")
     options = parser.parse_args()
+    machine = describe_machine()
     rows: list[dict[str, Any]] = []
 
     def add(model: str, format: str, what: str, score: Score) -> None:
@@ -132,7 +135,10 @@ def main() -> None:
             for peer in options.peers:
                 for what, score in peers.scores(peer, path, folder):
                     add(name, what, peer, score)
-    print(json.dumps({"rows": rows}))
+    result = json.dumps({"kind": "accuracy", "windows": options.windows, "rows": rows, "machine": machine})
+    if options.out:
+        options.out.write_text(result + "\n")
+    print(result)
 
 
 if __name__ == "__main__":

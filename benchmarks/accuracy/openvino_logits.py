@@ -1,4 +1,4 @@
-"""Writes OpenVINO's logits: openvino_logits.py MODEL WEIGHT_FORMAT WINDOWS.npy OUT.npy
+"""Writes OpenVINO's logits: openvino_logits.py MODEL WEIGHT_FORMAT WINDOWS.npy OUT.npy [GROUP_SIZE]
 
 It runs in OpenVINO's environment, so it imports nothing of this project. The logits [windows, tokens - 1, vocabulary]
 are those after all tokens but the last, as float16.
@@ -17,12 +17,12 @@ import openvino  # type: ignore[import-not-found]
 
 
 def main() -> None:
-    model, weight_format, windows_file, out = sys.argv[1:]
+    model, weight_format, windows_file, out, *group_size = sys.argv[1:]
     windows = np.load(windows_file)
     with tempfile.TemporaryDirectory() as target:
         options = ["--task", "text-generation-with-past", "--weight-format", weight_format]
-        if weight_format == "int4":  # its own groups of 128 do not divide SmolLM2's rows of 576
-            options += ["--group-size", "64"]
+        if group_size:
+            options += ["--group-size", *group_size]
         command = Path(sys.executable).with_name("optimum-cli")
         subprocess.run([command, "export", "openvino", "--model", model, *options, target], check=True)
         request = openvino.Core().compile_model(Path(target) / "openvino_model.xml", "CPU").create_infer_request()

@@ -26,11 +26,13 @@ CACHE = Path(__file__).parents[2] / ".cache" / "openvino"
 FINISH_REASONS = {"STOP": "stop", "LENGTH": "length"}
 
 
-def export(model: Path, weight_format: str) -> Path:
+def export(model: Path, weight_format: str, group_size: int | None) -> Path:
     """Export a Transformers model directory to OpenVINO's format, once."""
-    target = CACHE / f"{model.name}-{weight_format}"
+    groups = "" if group_size is None else f"-{group_size}"
+    target = CACHE / f"{model.name}-{weight_format}{groups}"
     if not (target / "openvino_tokenizer.xml").exists():
         options = ["--task", "text-generation-with-past", "--weight-format", weight_format]
+        options += [] if group_size is None else ["--group-size", str(group_size)]
         command = Path(sys.executable).with_name("optimum-cli")
         subprocess.run([command, "export", "openvino", "--model", model, *options, target], check=True)
     return target
@@ -121,10 +123,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model-path", type=Path, required=True)
     parser.add_argument("--weight-format", default="int8", choices=["fp16", "int8", "int4"])
+    parser.add_argument("--group-size", type=int, help="weights that share a scale; default: OpenVINO's own")
     parser.add_argument("--cache-gib", type=int, default=1, help="GiB for the KV cache")
     parser.add_argument("--port", type=int, required=True)
     args = parser.parse_args()
-    engine = Engine(export(args.model_path, args.weight_format), args.cache_gib)
+    engine = Engine(export(args.model_path, args.weight_format, args.group_size), args.cache_gib)
     uvicorn.run(create_app(engine, args.model_path.name), port=args.port, log_level="warning")
 
 

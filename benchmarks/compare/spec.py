@@ -13,7 +13,14 @@ from benchmarks.options import BenchmarkError, from_mapping, read_yaml
 from ipex_vllm.options import option
 
 # Path into a run's summary -> whether more of it is better.
-METRICS = {"output_tps": True, "requests_per_s": True, "ttft_s.p50": False, "tpot_s.p50": False, "e2e_s.p50": False}
+METRICS = {
+    "output_tps": True,
+    "requests_per_s": True,
+    "goodput_rps": True,
+    "ttft_s.p50": False,
+    "tpot_s.p50": False,
+    "e2e_s.p50": False,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +31,7 @@ class SystemSpec:
     format: str = option("its weights, for the system and the roofline: a name from benchmarks.micro.bound.WEIGHTS")
     flags: str = option("more of its command line, quoted as in a shell", "")
     env: dict[str, Any] = field(default_factory=dict, metadata={"help": "environment variables"})
+    accuracy: str = option("which line of docs/results/accuracy.json is its, as FORMAT/WHAT (`benchmarks.tables`)", "")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,6 +102,27 @@ def throughput_by_streams(
     _save(figure, path)
 
 
+def throughput_against_divergence(
+    panels: Mapping[str, Mapping[str, tuple[float, float]]], title: str, path: Path
+) -> None:
+    """Under each workload, each system's divergence from float32 (nats) and output tokens/s: better is up and left."""
+    width = 5.5 * len(panels) + 2.5
+    figure, axes = plt.subplots(1, len(panels), figsize=(width, 4.5), squeeze=False, layout="constrained")
+    systems = list(dict.fromkeys(system for points in panels.values() for system in points))
+    styles = dict(zip(systems, zip(itertools.cycle("osv^Dx*"), itertools.cycle(range(10)), strict=False), strict=False))
+    for axis, (workload, points) in zip(axes[0], panels.items(), strict=True):
+        for system, (divergence, tokens_per_s) in points.items():
+            marker, colour = styles[system]
+            axis.plot(divergence, tokens_per_s, f"{marker}C{colour}", markersize=9, label=system)
+        axis.set(xscale="log", xlabel="divergence from float32, nats a token", ylabel="output tokens/s", title=workload)
+        axis.set_ylim(bottom=0)
+        axis.margins(x=0.1)
+        axis.grid(alpha=0.3, which="both")
+    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle(title)
+    _save(figure, path)
+
+
 def ratios(
     entries: Sequence[tuple[str, float, float, float]], noise: float, baseline: str, metric: str, path: Path
 ) -> None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from benchmarks import tables
 from benchmarks.compare.spec import Spec
 from benchmarks.compare.systems import SYSTEMS, Absent, launch
 from benchmarks.load.generate import LoadOptions, make_work
@@ -86,6 +88,7 @@ def test_the_project_s_own_specs_are_good(path: Path, writer: PromptWriter, tmp_
         make_work(options, writer)
     for system in spec.systems.values():
         assert system.system in SYSTEMS
+    tables.accuracy_of({"spec": asdict(spec)})  # which raises for a name that is no line's
 
 
 def test_systems_say_how_they_are_started(model: Path) -> None:

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import tables
+
+MACHINE = {"cores": 2, "cpu": "Some CPU", "isa": ["avx2", "amx_tile"], "date": "2026-11-26T11:00:00", "commit": "abc"}
+
+
+def system(tps: float, ratio: float | None) -> dict[str, Any]:
+    interval = None if ratio is None else {"ratio": ratio, "low": ratio - 0.1, "high": ratio + 0.1}
+    metric = {"median": tps, "ratio_to_baseline": interval}
+    return {"metrics": {"output_tps": metric}, "share_of_bound": 0.5, "pss_bytes": 2**31}
+
+
+RESULT = {
+    "kind": "compare",
+    "title": "T",
+    "spec": {
+        "systems": {"a": {}, "b": {"accuracy": "sym_int4/vllm"}, "absent": {}},
+        "workloads": {"c1": {"slo": ""}, "c4": {"slo": ""}},
+        "baseline": "a",
+    },
+    "workloads": {
+        "c1": {"noise_floor": {"output_tps": 0.034}, "systems": {"a": system(10.0, None), "b": system(25.0, 2.5)}},
+        "c4": {"noise_floor": {"output_tps": None}, "systems": {"a": system(30.0, None)}},
+    },
+    "peaks": {"read": 1},
+    "machine": MACHINE,
+}
+
+
+@pytest.fixture
+def accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"model": "smollm2-dithered", "format": "sym_int4", "what": "vllm", "perplexity_ratio": 1.1215, "kl": 0.1126}
+    (tmp_path / "accuracy.json").write_text(json.dumps({"rows": [{**row, "model": "demo", "kl": 0.5}, row]}))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+
+
+def test_a_comparison_s_table_has_each_system_s_figures_and_says_where_they_are_from(accuracy: None) -> None:
+    lines = tables.compared(RESULT).splitlines()
+    assert lines[0].count("|") == lines[2].count("|") == 11
+    assert lines[2:] == [
+        "| `a` | 10.0 |  | 50% | 30.0 |  | 50% | 2.00 |  |  |",
+        "| `b` | 25.0 | 2.50 (2.40 to 2.60) | 50% | - |  |  | 2.00 | 1.121 | 0.113 |",
+    ]
+    assert tables.where(RESULT).endswith(
+        "noise floor 3%, unknown. Accuracy: smollm2-dithered. 2 cores of Some CPU (avx2, amx_tile), 2026-11-26, commit abc."
+    )
+
+
+def test_an_accuracy_s_table() -> None:
+    row = {"model": "m", "format": "f", "what": "vllm", "perplexity_ratio": 1.0, "kl": 0.5, "same_top_token": 0.81}
+    assert tables.accuracies({"rows": [row]}).splitlines()[2] == "| `f`, vllm | m | 1.000 | 0.500 | 81.0% |"
+
+
+def test_the_pages_have_the_tables_that_their_results_give() -> None:
+    found = 0
+    for page in tables.pages():
+        text = page.read_text(encoding="utf-8")
+        assert tables.rewritten(text) == text, f"{page}: run `python -m benchmarks.tables`"
+        found += len(tables.BLOCK.findall(text))
+    assert found > 0
+    used = {match["name"] for page in tables.pages() for match in tables.BLOCK.finditer(page.read_text())}
+    specs = {path.stem for path in tables.RESULTS.glob("*.json")}
+    assert used <= specs
