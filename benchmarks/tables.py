@@ -48,7 +48,7 @@ def compared(result: Mapping[str, Any]) -> str:
     for name in workloads:
         title = f"{name}, requests/s in time" if has_objectives[name] else name
         header += [title, "ratio"] if result["peaks"] is None else [title, "ratio", "of roofline"]
-    header += ["PSS GiB", *(["perplexity ×", "KL, nats"] if accuracy else [])]
+    header += ["PSS GiB", *(["perplexity ÷ float32's", "KL, nats"] if accuracy else [])]
     rows = []
     for system in result["spec"]["systems"]:
         if not any(system in workload["systems"] for workload in workloads.values()):

@@ -3,10 +3,11 @@
     python -m tests.hardship --worker http://127.0.0.1:21002 --api http://127.0.0.1:8000 --pid PID --minutes 10
 
 Fair clients send small requests one after the other, first alone and then, for `--minutes`, beside `--hostile` others:
-readers that are slow or never read, prompts of 15 MiB, clients that leave, and requests that are wrong. Each goes by
-turns to the worker's FastChat endpoint, to its /v1, and to FastChat's API server. Printed are the time to the first
-token that the fair ones saw, what the worker counted beside what its clients saw, what is left behind (slots, KV
-cache), and whether memory and descriptors of each process grow (tests/watch.py).
+readers that are slow or never read, prompts of 15 MiB, clients that leave, and requests that are wrong. Those are in a
+process of their own, or the fair ones would wait for prompts of 15 MiB to be written. Each goes by turns to the
+worker's FastChat endpoint, to its /v1, and to FastChat's API server. Printed are the time to the first token that the
+fair ones saw, what the worker counted beside what its clients saw, what is left behind (slots, KV cache), and whether
+memory and descriptors of each process grow (tests/watch.py).
 
 With few clients that pause it is a soak: `--fair 2 --hostile 5 --pause 2 --minutes 60 --plot soak.png`.
 """
@@ -23,8 +24,10 @@ import socket
 import statistics
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ from tests.watch import Watch
 SAMPLE_INTERVAL_S = 2.0
 LARGE_PROMPT = "large " * (15 * (1 << 20) // 6)
 WRONG = [{"prompt": None}, {"prompt": "p", "n": 65}, {"stop": ["s"] * 1000, "prompt": "p"}, [], {"prompt": "\ud800"}]
+Kind = Callable[["Door"], Awaitable[None]]
 REFUSED_STATUSES = {400: 40302, 404: 40301, 429: 42903}
 
 
@@ -99,6 +103,23 @@ class Clients:
         self.http = httpx.AsyncClient(timeout=600, trust_env=False, limits=limits)
         self.client_timeout_s = options.client_timeout
         self.seen = Seen()
+        self.lost = Counter[str]()
+
+    async def repeat(self, kinds: Iterable[Kind], until: float, pause_s: float) -> None:
+        """A client of each kind, which asks again and again, by turns at each door."""
+
+        async def client(kind: Kind, doors: Iterator[Door]) -> None:
+            while time.monotonic() < until:
+                try:
+                    await kind(next(doors))
+                except (httpx.HTTPError, OSError) as error:
+                    self.lost[type(error).__name__] += 1
+                await asyncio.sleep(max(0.01, pause_s * random.uniform(0.5, 1.5)))
+
+        async with asyncio.TaskGroup() as group:
+            for index, kind in enumerate(kinds):
+                first = index % len(self.doors)
+                group.create_task(client(kind, itertools.cycle(self.doors[first:] + self.doors[:first])))
 
     async def fair(self, door: Door) -> None:
         started_at = time.monotonic()
@@ -169,13 +190,18 @@ def is_token(event: dict[str, Any]) -> bool:
     return bool(event.get("choices", [event])[0].get("text")) and not event.get("error_code")
 
 
-async def repeat(work: Callable[[], Awaitable[None]], until: float, pause_s: float, lost: Counter[str]) -> None:
-    while time.monotonic() < until:
-        try:
-            await work()
-        except (httpx.HTTPError, OSError) as error:
-            lost[type(error).__name__] += 1
-        await asyncio.sleep(max(0.01, pause_s * random.uniform(0.5, 1.5)))
+def hostile_outcomes(options: argparse.Namespace) -> tuple[Counter[str], Counter[str]]:
+    """What the hostile clients saw, and which connections they lost, in as many minutes as `options` has."""
+
+    async def run() -> Clients:
+        clients = Clients(options)
+        kinds = (clients.slow, clients.large, clients.leaving, clients.wrong, clients.stalled)
+        until = time.monotonic() + 60 * options.minutes
+        await clients.repeat(itertools.islice(itertools.cycle(kinds), options.hostile), until, options.pause)
+        return clients
+
+    clients = asyncio.run(run())
+    return clients.seen.outcomes, clients.lost
 
 
 async def sample(watch: Watch, until: float) -> None:
@@ -203,33 +229,31 @@ def summed(counts: dict[str, float], name: str) -> float:
 
 
 async def run(options: argparse.Namespace) -> None:
-    clients, watch, lost = Clients(options), Watch(options.pid), Counter[str]()
+    clients, watch = Clients(options), Watch(options.pid)
     before = await counted(clients)
 
-    async def phase(minutes: float, kinds: list[Callable[[Door], Awaitable[None]]]) -> None:
+    async def phase(minutes: float) -> None:
         until = time.monotonic() + 60 * minutes
         async with asyncio.TaskGroup() as group:
-            for index, kind in enumerate(kinds):
-                first = index % len(clients.doors)
-                doors = itertools.cycle(clients.doors[first:] + clients.doors[:first])
-                work = lambda kind=kind, doors=doors: kind(next(doors))  # noqa: E731
-                group.create_task(repeat(work, until, options.pause, lost))
+            group.create_task(clients.repeat([clients.fair] * options.fair, until, options.pause))
             group.create_task(sample(watch, until))
 
-    fair = [clients.fair] * options.fair
-    await phase(options.calm_minutes, list(fair))
+    await phase(options.calm_minutes)
     print(f"{options.fair} fair clients alone")
     print(*(told(*item) for item in clients.seen.first_tokens_s.items()), sep="\n")
     clients.seen.first_tokens_s.clear()
-    hostile = (clients.slow, clients.large, clients.leaving, clients.wrong, clients.stalled)
-    await phase(options.minutes, [*fair, *itertools.islice(itertools.cycle(hostile), options.hostile)])
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        others = asyncio.get_running_loop().run_in_executor(pool, hostile_outcomes, options)
+        await phase(options.minutes)
+        for mine, theirs in zip((clients.seen.outcomes, clients.lost), await others, strict=True):
+            mine.update(theirs)
     print(f"beside {options.hostile} hostile clients, {options.minutes:g} minutes")
     print(*(told(*item) for item in clients.seen.first_tokens_s.items()), sep="\n")
     await asyncio.sleep(2 * clients.client_timeout_s)
     after = await counted(clients)
     change = {name: value - before.get(name, 0) for name, value in after.items()}
     seen = clients.seen.outcomes
-    print(f"clients saw {dict(sorted(seen.items()))}, connections lost {dict(lost)}")
+    print(f"clients saw {dict(sorted(seen.items()))}, connections lost {dict(clients.lost)}")
     ended = summed(change, "requests_total") + summed(change, "disconnects_total")
     print(f"  ended or left: worker {ended:.0f}, clients {seen['finished'] + seen['left'] + seen['given up']}")
     errors = sum(count for outcome, count in seen.items() if outcome.startswith("error"))

@@ -2,7 +2,7 @@
 
 JSON is a list of vLLM's engine arguments, for one model after the other. After each, a line begins with RESULT and
 holds, as JSON, the log-probabilities, or the error's message. Beside vLLM's arguments there are `exact`, for the kernel
-that rounds no activations, and `prompt`, for other token ids. A line with WEIGHT_BYTES says what the model holds on a rank.
+that rounds no activations, and `prompt`, for other token ids. A line with WEIGHT_BYTES says what a rank's model holds.
 """
 
 import json

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+CHARACTERS_PER_TOKEN = 4  # of English, about
 IMAGE = "$$<image>$$"  # in a prompt, the place of a picture; FastChat's mark
 FinishReason = Literal["stop", "length"]
 
@@ -38,6 +39,11 @@ class ContextOverflow(RequestError):
 
 class InternalError(RequestError):
     pass
+
+
+def tokens_of(text: str) -> int:
+    """About how many tokens a text is, without a tokenizer."""
+    return len(text) // CHARACTERS_PER_TOKEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +80,11 @@ class Generation:
     seed: int | None = None
     model: str | None = None
     images: tuple[bytes, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """About how many tokens it is, the prompt's and the most that may come."""
+        return tokens_of(self.prompt) + self.n * self.max_new_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,11 @@ from ipex_vllm.engines.generation import RequestError
 class Turn(Protocol):
     """One client's request, which may ask the engine for several texts."""
 
-    async def begin(self, prompt: Callable[[], str]) -> None:
-        """Wait for a slot, which the whole request then has; `prompt` gives the text, for a log that shows it."""
+    async def begin(self, prompt: Callable[[], str], size: int) -> None:
+        """Wait for a slot, which the whole request then has, as one of about `size` tokens waits, prompt and texts.
+
+        `prompt` gives the text, for a log that shows it.
+        """
 
     def count(
         self, prompt_tokens: int, completion_tokens: int, finish_reason: str | None, first_token_at: float | None

@@ -175,8 +175,10 @@ class TurnTakingClient:
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
     ) -> AsyncGenerator[Any, None]:
         turn = current_turn.get()
-        check_bounds(sampling_params, len(prompt.get("prompt_token_ids", ())))
-        await turn.begin(self._text_of(prompt))
+        num_prompt_tokens = len(prompt.get("prompt_token_ids", ()))
+        check_bounds(sampling_params, num_prompt_tokens)
+        most_tokens = sampling_params.n * (sampling_params.max_tokens or 0)
+        await turn.begin(self._text_of(prompt), num_prompt_tokens + most_tokens)
         counter = Counter(turn, sampling_params)
         with self._told(turn):
             async with contextlib.aclosing(
@@ -190,7 +192,7 @@ class TurnTakingClient:
         self, prompt: Any, pooling_params: Any, request_id: str, **options: Any
     ) -> AsyncGenerator[Any, None]:
         turn = current_turn.get()
-        await turn.begin(self._text_of(prompt))
+        await turn.begin(self._text_of(prompt), len(prompt.get("prompt_token_ids", ())))
         with self._told(turn):
             async with contextlib.aclosing(self._llm.encode(prompt, pooling_params, request_id, **options)) as outputs:
                 async for output in outputs:

@@ -127,10 +127,10 @@ class CoreTurn:
     log_prompts: bool
     failure: RequestError | None = None
 
-    async def begin(self, prompt: Callable[[], str]) -> None:
+    async def begin(self, prompt: Callable[[], str], size: int) -> None:
         if self.log_prompts:
             logger.info("request %s prompt %r", self.record.id, prompt())
-        await self.place.acquire()
+        await self.place.acquire(size)
 
     def count(
         self, prompt_tokens: int, completion_tokens: int, finish_reason: str | None, first_token_at: float | None
@@ -241,7 +241,7 @@ class Core:
     ) -> None:
         """Put the engine's deltas into `made`, in a slot; at the end what went wrong, or None."""
         try:
-            async with self.slots.take(), aclosing(self.engine.stream(generation, record.id)) as deltas:
+            async with self.slots.take(generation.size), aclosing(self.engine.stream(generation, record.id)) as deltas:
                 async for delta in deltas:
                     record.add(delta)
                     made.put_nowait(delta)

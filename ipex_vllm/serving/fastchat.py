@@ -22,7 +22,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Send
 
 from ipex_vllm.engines.bounds import MAX_SHOWN
-from ipex_vllm.engines.generation import ContextOverflow, Generation, InvalidParameter, RequestError
+from ipex_vllm.engines.generation import ContextOverflow, Generation, InvalidParameter, RequestError, tokens_of
 from ipex_vllm.serving.connections import ConnectionLimit
 from ipex_vllm.serving.conversation import ChatFormat
 from ipex_vllm.serving.core import Core, Tally, bug_error
@@ -213,7 +213,7 @@ class FastChatServer:
             with self.core.recorded(request_id) as record:
                 request = EmbeddingRequest.parse(body)
                 self.core.check_model(request.model)
-                async with self.core.slots.take():
+                async with self.core.slots.take(sum(map(tokens_of, request.inputs))):
                     vectors, record.prompt_tokens = await self.core.engine.embed(request.inputs)
                 record.outcome = "stop"
         except RequestError as error:

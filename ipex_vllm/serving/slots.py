@@ -1,13 +1,26 @@
-"""How many requests run at once, and how many wait."""
+"""How many requests run at once, how many wait, and who is next.
+
+Small requests go before large ones: each waits as if it had come later than it did, by `WAIT_PER_TOKEN_S` a token of
+its size, but by no more than `LONGEST_WAIT_S`, so that none waits for ever. One slot in `RESERVED` is kept for small
+ones, or a few long texts would hold up all short ones for as long as they take.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import heapq
+import itertools
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from ipex_vllm.engines.generation import RequestError
+
+SMALL = 128  # tokens
+RESERVED = 4
+WAIT_PER_TOKEN_S = 0.01
+LONGEST_WAIT_S = 30.0
 
 SHUT_DOWN = "This worker shut down before the request was finished. Send it again; another worker will take it."
 
@@ -20,19 +33,26 @@ class Slots:
     """At most `limit` requests at once; `queue_limit` more may wait; any beyond are refused."""
 
     def __init__(self, limit: int, queue_limit: int) -> None:
-        self.semaphore = asyncio.Semaphore(limit)
         self.limit = limit
         self._queue_limit = queue_limit
         self.num_in_use = 0
         self.num_waiting = 0
         self.is_closed = False
+        self._large_limit = limit - limit // RESERVED
+        self._num_large = 0
+        # Heaps of those that wait, the small and the large: when it is whose turn, a number for each, its place.
+        self._waiting: dict[bool, list[tuple[float, int, Place]]] = {True: [], False: []}
+        self._numbers = itertools.count()
         self._tasks: set[asyncio.Task[Any]] = set()  # those that hold a slot or wait for one
 
     @asynccontextmanager
-    async def take(self) -> AsyncIterator[None]:
-        """Hold a slot. Raises Overloaded, at the end of the drain's time in what runs as well."""
+    async def take(self, size: int) -> AsyncIterator[None]:
+        """Hold a slot for a request of about `size` tokens, its prompt's and those that it may get.
+
+        Raises Overloaded, at the end of the drain's time in what runs as well.
+        """
         with self.place() as place:
-            await place.acquire()
+            await place.acquire(size)
             yield
 
     @contextmanager
@@ -60,6 +80,36 @@ class Slots:
             self._tasks.discard(task)
             place.leave()
 
+    def queue(self, place: Place, size: int) -> None:
+        """Let a place have a slot when it is its turn."""
+        turn = time.monotonic() + min(size * WAIT_PER_TOKEN_S, LONGEST_WAIT_S)
+        heapq.heappush(self._waiting[place.is_small], (turn, next(self._numbers), place))
+        self._hand_out()
+
+    def leave(self, place: Place) -> None:
+        if place.has_slot:
+            self.num_in_use -= 1
+            self._num_large -= not place.is_small
+            self._hand_out()
+        else:
+            self.num_waiting -= 1
+
+    def _hand_out(self) -> None:
+        while self.num_in_use < self.limit:
+            for heap in self._waiting.values():
+                while heap and heap[0][2].has_left:
+                    heapq.heappop(heap)
+            has_room = {True: True, False: self._num_large < self._large_limit}
+            candidates = [heap for is_small, heap in self._waiting.items() if heap and has_room[is_small]]
+            if not candidates:
+                return
+            _, _, place = heapq.heappop(min(candidates, key=lambda heap: heap[0][:2]))
+            self.num_waiting -= 1
+            self.num_in_use += 1
+            self._num_large += not place.is_small
+            place.has_slot = True
+            place.turn.set()
+
     def cut_off(self) -> None:
         """End every request, those that wait too, with an error for its client."""
         tasks, self._tasks = self._tasks, set()
@@ -77,27 +127,22 @@ class Place:
 
     def __init__(self, slots: Slots) -> None:
         self._slots = slots
-        self._lock = asyncio.Lock()
-        self._has_slot = self._has_left = False
+        self._is_queued = False
+        self.is_small = True
+        self.has_slot = self.has_left = False
+        self.turn = asyncio.Event()
         slots.num_waiting += 1
 
-    async def acquire(self) -> None:
-        """Wait for a slot, one for all parts of the request: who asks again has it already."""
-        async with self._lock:
-            if self._has_slot:
-                return
-            await self._slots.semaphore.acquire()
-            if self._has_left:  # what asked has outlived the request
-                self._slots.semaphore.release()
-                raise asyncio.CancelledError
-            self._has_slot = True
-            self._slots.num_waiting -= 1
-            self._slots.num_in_use += 1
+    async def acquire(self, size: int) -> None:
+        """Wait for a slot, one for all parts of the request, of which the first tells its size (see `Slots.take`)."""
+        if not self._is_queued:
+            self._is_queued, self.is_small = True, size <= SMALL
+            self._slots.queue(self, size)
+        await self.turn.wait()
+        if self.has_left:  # what asked has outlived the request
+            raise asyncio.CancelledError
 
     def leave(self) -> None:
-        self._has_left = True
-        if self._has_slot:
-            self._slots.num_in_use -= 1
-            self._slots.semaphore.release()
-        else:
-            self._slots.num_waiting -= 1
+        self.has_left = True
+        self._slots.leave(self)
+        self.turn.set()

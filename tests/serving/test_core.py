@@ -25,10 +25,10 @@ async def test_slots_are_given_back_whatever_ends_the_work() -> None:
     slots = Slots(1, 1)
     for error in (ValueError, asyncio.CancelledError, GeneratorExit):
         with pytest.raises(error):
-            async with slots.take():
+            async with slots.take(1):
                 raise error
     assert slots.queue_length == 0
-    async with slots.take():
+    async with slots.take(1):
         assert slots.queue_length == 1
 
 
