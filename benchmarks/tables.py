@@ -2,8 +2,9 @@
 
 `docs/results/` keeps what `--out` of `benchmarks.compare` and `benchmarks.accuracy` wrote, one JSON file each. Where a
 page has `<!-- results NAME -->` and, below it, `<!-- end -->`, what stands between is made of NAME.json: a table, and a
-line that says on which CPU, when and on which commit. A test holds the pages to it. A comparison whose spec says where
-its systems' accuracy is in `accuracy.json` has it in its table, and as a plot, docs/images/NAME-accuracy.png.
+line that says on which CPU, when and on which commit; `<!-- results NAME speeds -->` leaves ratios, shares of the bound
+and memory out. A test holds the pages to it. A comparison whose spec says where its systems' accuracy is in
+`accuracy.json` has it in its table, and as a plot, docs/images/NAME-accuracy.png.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from benchmarks.load.output import markdown_table, number
 RESULTS = ROOT / "docs" / "results"
 # The model that the systems' accuracy is of. It has the real weights, moved off the 4-bit grid of their own file.
 ACCURACY_MODEL = "smollm2-dithered"
-BLOCK = re.compile(r"(<!-- results (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- results (?P<name>[\w.-]+)(?P<speeds> speeds)? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def pages() -> list[Path]:
@@ -33,22 +34,23 @@ def rewritten(text: str) -> str:
 
     def block(match: re.Match[str]) -> str:
         result = json.loads((RESULTS / f"{match['name']}.json").read_text())
-        table = compared if result["kind"] == "compare" else accuracies
-        return f"{match[1]}{table(result)}\n{where(result)}\n{match[3]}"
+        table = compared(result, bool(match["speeds"])) if result["kind"] == "compare" else accuracies(result)
+        return f"{match[1]}{table}\n{where(result)}\n{match[4]}"
 
     return BLOCK.sub(block, text)
 
 
-def compared(result: Mapping[str, Any]) -> str:
+def compared(result: Mapping[str, Any], only_speeds: bool = False) -> str:
     """A row a system: its figure under each workload, its ratio and its share of the bound; memory and accuracy."""
+    has_bounds = result["peaks"] is not None and not only_speeds
     workloads, accuracy = result["workloads"], accuracy_of(result)
     # An open loop's throughput is what arrives; where it has objectives, the requests that met them count.
     has_objectives = {name: bool(load["slo"]) for name, load in result["spec"]["workloads"].items()}
     header = ["output tokens/s"]
     for name in workloads:
         title = f"{name}, requests/s in time" if has_objectives[name] else name
-        header += [title, "ratio"] if result["peaks"] is None else [title, "ratio", "of roofline"]
-    header += ["PSS GiB", *(["perplexity ÷ float32's", "KL, nats"] if accuracy else [])]
+        header += [title, *([] if only_speeds else ["ratio"]), *(["of roofline"] if has_bounds else [])]
+    header += [*([] if only_speeds else ["PSS GiB"]), *(["perplexity ÷ float32's", "KL, nats"] if accuracy else [])]
     rows = []
     for system in result["spec"]["systems"]:
         if not any(system in workload["systems"] for workload in workloads.values()):
@@ -61,11 +63,13 @@ def compared(result: Mapping[str, Any]) -> str:
                 metric = figures["metrics"]["goodput_rps" if has_objectives[name] else "output_tps"]
             ratio, share = metric["ratio_to_baseline"], figures and figures["share_of_bound"]
             cells.append(number(metric["median"]))
-            cells.append(f"{ratio['ratio']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else "")
-            if result["peaks"] is not None:
+            if not only_speeds:
+                cells.append(f"{ratio['ratio']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else "")
+            if has_bounds:
                 cells.append(f"{share:.0%}" if share else "")
             pss = figures["pss_bytes"] if figures else pss
-        cells.append(number(pss / 2**30) if pss else "")
+        if not only_speeds:
+            cells.append(number(pss / 2**30) if pss else "")
         rows.append([*cells, *(accuracy_cells(accuracy.get(system)) if accuracy else [])])
     return markdown_table(header, rows)
 
@@ -95,7 +99,7 @@ def plot_accuracy(name: str, result: Mapping[str, Any]) -> None:
         }
         for workload in (workloads[0], workloads[-1])
     }
-    plots.throughput_against_divergence(panels, result["title"], ROOT / "docs" / "images" / f"{name}-accuracy")
+    plots.throughput_against_divergence(panels, result["title"], ROOT / "docs" / "images" / f"{name}-accuracy.png")
 
 
 def accuracies(result: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import psutil
 
 MIB = 1 << 20
+BLOCKS = 12
 WARM_UP = 1 / 3  # of the time, which is left out: imports on first use, pools and caches that fill
 
 
@@ -44,7 +45,7 @@ class Watch:
         late = {
             name: [point for point in points if point.minutes >= WARM_UP * end] for name, points in self._points.items()
         }
-        return {name: points for name, points in late.items() if len(points) > 2}
+        return {name: points for name, points in late.items() if len(points) >= 3}
 
     def report(self) -> list[str]:
         """A line for each process: memory, its slope with the standard error, descriptors."""
@@ -91,10 +92,16 @@ def name_of(process: psutil.Process) -> str:
 
 
 def slope(points: list[Point]) -> tuple[float, float]:
-    """Least squares of memory over time, MiB an hour, and its standard error as if each point's error were its own."""
-    hours, sizes = [point.minutes / 60 for point in points], [point.mib for point in points]
+    """Least squares of memory over time, MiB an hour, and its standard error.
+
+    What is above the line at one look is so at the next: the means of `BLOCKS` parts are fitted, each far from the next.
+    """
+    size = -(-len(points) // BLOCKS)
+    parts = [points[start : start + size] for start in range(0, len(points), size)]
+    hours = [statistics.mean(point.minutes for point in part) / 60 for part in parts]
+    sizes = [statistics.mean(point.mib for point in part) for part in parts]
     fitted = statistics.linear_regression(hours, sizes)
     residuals = sum((y - fitted.slope * x - fitted.intercept) ** 2 for x, y in zip(hours, sizes, strict=True))
     mean = statistics.mean(hours)
     spread = sum((x - mean) ** 2 for x in hours)
-    return fitted.slope, float((residuals / (len(points) - 2) / spread) ** 0.5)
+    return fitted.slope, float((residuals / (len(parts) - 2) / spread) ** 0.5)

@@ -120,7 +120,8 @@ def throughput_against_divergence(
         axis.grid(alpha=0.3, which="both")
     axes[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(title)
-    _save(figure, path)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def ratios(

@@ -59,6 +59,7 @@ def ours(name: str, shape: Shape) -> Experts:
 def vllm_bf16(shape: Shape) -> Experts:
     from vllm import _custom_ops as ops
 
+    torch.cpu._init_amx()  # asks the kernel for tiles, as a worker of vLLM's does
     isa = "amx" if torch.cpu._is_amx_tile_supported() else "vec"
     w13 = torch.randn(2 * shape.intermediate, shape.hidden, dtype=torch.bfloat16).repeat(shape.experts, 1, 1)
     w2 = torch.randn(shape.hidden, shape.intermediate, dtype=torch.bfloat16).repeat(shape.experts, 1, 1)

@@ -48,6 +48,7 @@ def test_a_comparison_s_table_has_each_system_s_figures_and_says_where_they_are_
         "| `a` | 10.0 |  | 50% | 30.0 |  | 50% | 2.00 |  |  |",
         "| `b` | 25.0 | 2.50 (2.40 to 2.60) | 50% | - |  |  | 2.00 | 1.121 | 0.113 |",
     ]
+    assert tables.compared(RESULT, only_speeds=True).splitlines()[3] == "| `b` | 25.0 | - | 1.121 | 0.113 |"
     assert tables.where(RESULT).endswith(
         "noise floor 3%, unknown. Accuracy: smollm2-dithered. "
         "2 cores of Some CPU (avx2, amx_tile), 2026-11-26, commit abc."
