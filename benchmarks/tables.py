@@ -48,7 +48,7 @@ def compared(result: Mapping[str, Any], only_speeds: bool = False) -> str:
     has_objectives = {name: bool(load["slo"]) for name, load in result["spec"]["workloads"].items()}
     header = ["output tokens/s"]
     for name in workloads:
-        title = f"{name}, requests/s in time" if has_objectives[name] else name
+        title = f"{name}, requests/s in time" if has_objectives[name] else title_of(name)
         header += [title, *([] if only_speeds else ["ratio"]), *(["of roofline"] if has_bounds else [])]
     header += [*([] if only_speeds else ["PSS GiB"]), *(["perplexity ÷ float32's", "KL, nats"] if accuracy else [])]
     rows = []
@@ -74,6 +74,12 @@ def compared(result: Mapping[str, Any], only_speeds: bool = False) -> str:
     return markdown_table(header, rows)
 
 
+def title_of(workload: str) -> str:
+    """`c16`, a closed loop of 16 streams, in words; any other name as it is."""
+    match = re.fullmatch(r"c(\d+)", workload)
+    return workload if match is None else f"{match[1]} stream{'' if match[1] == '1' else 's'}"
+
+
 def accuracy_of(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The line of accuracy.json of each system whose spec names one."""
     wanted = {name: system.get("accuracy") for name, system in result["spec"]["systems"].items()}
@@ -92,7 +98,7 @@ def plot_accuracy(name: str, result: Mapping[str, Any]) -> None:
     """Speed against divergence with few streams and with many."""
     accuracy, workloads = accuracy_of(result), list(result["workloads"])
     panels = {
-        workload: {
+        title_of(workload): {
             system: (row["kl"], figures["metrics"]["output_tps"]["median"])
             for system, row in accuracy.items()
             if (figures := result["workloads"][workload]["systems"].get(system))

@@ -56,7 +56,7 @@ class Application:
         word: str = "word",
     ) -> AsyncIterator[str]:
         turn = current_turn.get()
-        await asyncio.gather(*(turn.begin(lambda: "private", 0) for _ in range(parts)))
+        await asyncio.gather(*(turn.begin(lambda: "private", 1000) for _ in range(parts)))
         self.num_running += 1
         try:
             for index in range(tokens):

@@ -94,7 +94,7 @@ def name_of(process: psutil.Process) -> str:
 def slope(points: list[Point]) -> tuple[float, float]:
     """Least squares of memory over time, MiB an hour, and its standard error.
 
-    What is above the line at one look is so at the next: the means of `BLOCKS` parts are fitted, each far from the next.
+    What is above the line at one look is so at the next: the means of `BLOCKS` parts are fitted, far from each other.
     """
     size = -(-len(points) // BLOCKS)
     parts = [points[start : start + size] for start in range(0, len(points), size)]

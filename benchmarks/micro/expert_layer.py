@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -131,7 +132,7 @@ KERNELS: dict[str, Callable[[Shape], Experts]] = {
     "vllm int8": vllm_int8,
     "vllm int4": vllm_int4,
     "vllm fp8": vllm_fp8,
-    **{name: lambda shape, name=name: ours(name, shape) for name in (INT4, "sym_int8", "fp8_e4m3")},
+    **{name: partial(ours, name) for name in (INT4, "sym_int8", "fp8_e4m3")},
 }
 
 
@@ -148,7 +149,7 @@ def measure(machine: BusyMachine, kernels: dict[str, Experts], shape: Shape, tok
             called = time.perf_counter()
             experts(x, weights, ids)
             samples[name].append(time.perf_counter() - called)
-        read_bytes = int(len(ids.unique()) * expert_bytes)
+        read_bytes = int(len(set(ids.flatten().tolist())) * expert_bytes)
         samples["read"].append(read_bytes / machine.read_bytes_per_s(min(read_bytes, machine.buffer.numel())))
     return {name: statistics.median(values) for name, values in samples.items()}
 
@@ -162,7 +163,8 @@ def main() -> int:
     options = parser.parse_args()
     cpu.apply(MachineFacts.probe())  # the libraries that the worker computes with
     torch.manual_seed(0)
-    shape = Shape(options.experts, *map(int, options.shape.split("x")), options.chosen)
+    hidden, intermediate = map(int, options.shape.split("x"))
+    shape = Shape(options.experts, hidden, intermediate, options.chosen)
     with torch.inference_mode():
         kernels = {name: create(shape) for name, create in KERNELS.items() if available(name)}
         machine = BusyMachine(torch.get_num_threads())
