@@ -1,6 +1,6 @@
 """Builds the native kernels into the package; everything else about the package is in pyproject.toml.
 
-Without a C++ compiler the package still installs, and `ipex_vllm.low_bit.kernels.native.unavailable_reason()` says so.
+Without a C++ compiler the package still installs, and `ipex_vllm.low_bit.native.unavailable_reason()` says so.
 """
 
 import platform
@@ -40,6 +40,9 @@ SOURCES = {
     # No fused multiplication but those that are written: every instruction set gives the same bits.
     CSRC / "experts/avx2.cpp": [*AVX2, "-ffp-contract=off"],
     CSRC / "experts/avx512.cpp": [*AVX512, "-ffp-contract=off"],
+    CSRC / "rounding/rounding.cpp": [],
+    CSRC / "rounding/avx2.cpp": [*AVX2, "-ffp-contract=off"],
+    CSRC / "rounding/avx512.cpp": [*AVX512, "-ffp-contract=off"],
     CSRC / "torch_ops.cpp": ["-fexceptions", "-frtti"],
 }
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.nn import functional
 
+from ipex_vllm.low_bit import native
 from ipex_vllm.low_bit.experts import LowBitExperts
 from ipex_vllm.low_bit.formats import FORMATS, Format
 from ipex_vllm.low_bit.kernels import experts as kernel
-from ipex_vllm.low_bit.kernels import native, w4a8
+from ipex_vllm.low_bit.kernels import w4a8
 from ipex_vllm.low_bit.quantize import dequantize, quantize
 from ipex_vllm.low_bit.recipe import ExpertStorage, Storage
 from tests.int8_reference import isas

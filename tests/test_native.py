@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ipex_vllm.low_bit.kernels import native, w4a8, w8a8, w8a16
+from ipex_vllm.low_bit import native
+from ipex_vllm.low_bit.kernels import w4a8, w8a8, w8a16
 
 ROOT = Path(__file__).parents[1]
 CPU_FLAGS = Path("/proc/cpuinfo").read_text().split()
@@ -21,6 +22,7 @@ ISA_FLAGS = {
     "w4a8": [{"avx2"}, {"avx_vnni", "avx512_vnni"}, {"avx512_vnni"}, {"amx_int8"}],
     "w8a8": [{"avx2"}, {"avx_vnni", "avx512_vnni"}, {"avx512_vnni"}, {"amx_int8"}],
     "w8a16": [{"avx2"}, {"avx512bw"}, {"avx512_bf16"}],
+    "rounding": [{"avx2"}, {"avx512bw"}],
     "experts": [{"avx2"}, {"avx_vnni", "avx512_vnni"}, {"avx512_vnni"}, {"amx_int8"}],
 }
 # The folders whose files a kernel is made of, beside its own.

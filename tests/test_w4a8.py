@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from ipex_vllm.low_bit import native
 from ipex_vllm.low_bit.formats import FORMATS
-from ipex_vllm.low_bit.kernels import native, w4a8
+from ipex_vllm.low_bit.kernels import w4a8
 from tests.int8_reference import assert_close, isas, product
 
 # Outputs and inputs of each model's linear layers, alone and as vLLM merges them (QKV, gate and up).

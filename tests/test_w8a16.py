@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ipex_vllm.low_bit import native
 from ipex_vllm.low_bit.formats import FORMATS
-from ipex_vllm.low_bit.kernels import native, w8a16
+from ipex_vllm.low_bit.kernels import w8a16
 from ipex_vllm.low_bit.quantize import QuantizedWeight, dequantize
 
 WEIGHT_DTYPES = [*w8a16.WEIGHT_DTYPES]

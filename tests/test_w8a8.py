@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ipex_vllm.low_bit.kernels import native, w8a8
+from ipex_vllm.low_bit import native
+from ipex_vllm.low_bit.kernels import w8a8
 from tests.int8_reference import assert_close, isas, product
 
 GROUPS = [w8a8.ROW, *w8a8.GROUP_SIZES]

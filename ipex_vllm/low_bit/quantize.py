@@ -7,10 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ipex_vllm.low_bit.formats import Format, fitting_group_size, unsuitable_reason
-from ipex_vllm.low_bit.rounding import encoder, input_scales
-
-# Few enough weights that a step's float32 temporaries stay in the processor's second-level cache.
-CHUNK_WEIGHTS = 2**18
+from ipex_vllm.low_bit.rounding import CHUNK_WEIGHTS, encoder, input_scales
 
 # What every input counts for, as a part of the layer's mean importance: one that a few tokens left at zero may be used
 # by others.

@@ -4,26 +4,38 @@ Groups are float32 [rows, groups, group size]. A search takes, for each group, t
 among a few, in which an input's share is weighed by its importance (`importance.py`): that is what keeps a model's
 answers. Unweighted, the search loses to plain rounding on real models (docs/negative-results.md), so where the
 importance is not known, a weight's own size takes its place.
+
+Integers are searched by an operator, `ipex_vllm::round_integers`: on x86 CPUs the package's C++ library has it
+(`csrc/rounding/`), everywhere else it is what stands here, in PyTorch. Both do the same operations, but PyTorch adds in
+an order of its own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from ipex_vllm.low_bit import native  # noqa: F401  (the library's operators are there once this is imported)
 from ipex_vllm.low_bit.formats import Format
 
 Encoded = tuple[Tensor, Tensor, Tensor | None]
 Encoder = Callable[[Tensor, Tensor | None], Encoded]
 
-# What the search tries. Symmetric, with codes from -half: the scale maps a group's largest weight to -half times one of
-# these. Beyond 1 the largest weight is clipped, below 1 the lowest codes are given up; 1 itself is ggml's choice.
-STRETCHES = {4: (9.5 / 8, 8.75 / 8, 1.0, 7.25 / 8), 5: (17.5 / 16, 16.75 / 16, 1.0, 15.25 / 16)}
-STRETCHES_8 = (1.0, 127.3 / 128, 126.6 / 128, 125 / 128)
+# Few enough weights that a step's float32 temporaries stay in the processor's second-level cache.
+CHUNK_WEIGHTS = 2**18
+
+# What the search tries, by a format's bits. Symmetric, with codes from -half: the scale maps a group's largest weight
+# to -half times one of these. Beyond 1 the largest weight is clipped, below 1 the lowest codes are given up; 1 itself
+# is ggml's choice.
+STRETCHES = {
+    4: (9.5 / 8, 8.75 / 8, 1.0, 7.25 / 8),
+    5: (17.5 / 16, 16.75 / 16, 1.0, 15.25 / 16),
+    8: (1.0, 127.3 / 128, 126.6 / 128, 125 / 128),
+}
 # Asymmetric: the codes span this part of a group's range, about its middle.
 SHRINKS = (1.0, 0.93, 0.86, 0.8)
 # 8-bit floats and tables: the largest weight becomes the largest number times one of these.
@@ -38,11 +50,26 @@ INPUT_EXPONENT, COLUMN_EXPONENT = -0.25, 0.5
 def input_scales(weight: Tensor, importance: Tensor) -> Tensor:
     """Float32 [in_features]: what the inputs of `weight` [out_features, in_features] are multiplied by, and its columns
     divided by. `importance` [in_features], all above zero."""
-    columns = weight.float().std(0, correction=0)
+    columns = column_deviations(weight)
     scales = importance.sqrt().pow(INPUT_EXPONENT) * columns.clamp_min(1e-3 * columns.mean()).pow(COLUMN_EXPONENT)
     # A mean of 1 keeps the weights' scales in float16's range; a layer of zeros has no scale of its own.
     scales = scales / scales.log().mean().exp()
     return torch.where(scales.isfinite(), scales, 1.0)
+
+
+def column_deviations(weight: Tensor) -> Tensor:
+    """The standard deviation of each column of `weight` [out_features, in_features], float32 [in_features].
+
+    Ten times as fast as `Tensor.std`, which goes through a matrix column by column.
+    """
+    total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    squares = total.clone()
+    for part in torch.split(weight, max(1, CHUNK_WEIGHTS // weight.shape[1])):
+        values = part.float()
+        total += values.sum(0)
+        squares += values.square().sum(0)
+    variance = squares / len(weight) - (total / len(weight)).square()
+    return variance.clamp_min_(0).sqrt_().float()
 
 
 def encoder(format: Format, search: bool) -> Encoder:
@@ -53,11 +80,47 @@ def encoder(format: Format, search: bool) -> Encoder:
     if format.kind == "table":
         assert format.values is not None
         return partial(_table, values=format.values, search=search)
-    if format.bits == 8:
-        return partial(_int8, search=search)
-    if format.symmetric:
-        return partial(_symmetric, bits=format.bits, search=search)
-    return partial(_asymmetric, highest=2**format.bits - 1, search=search)
+    if search:
+        return partial(_searched, bits=format.bits, symmetric=format.symmetric)
+    return partial(_integers, bits=format.bits, symmetric=format.symmetric)
+
+
+def _searched(groups: Tensor, importance: Tensor | None, *, bits: int, symmetric: bool) -> Encoded:
+    operator = torch.ops.ipex_vllm.round_integers.default
+    codes, scales, mins = operator(groups, importance, tried(bits, symmetric), bits, symmetric)
+    return codes, scales, None if symmetric else mins
+
+
+def tried(bits: int, symmetric: bool) -> Tensor:
+    """What the search tries, float32: divisors of the first scale or, where codes are asymmetric, a step's parts of the
+    range."""
+    parts = STRETCHES[bits] if symmetric else [part / (2**bits - 1) for part in SHRINKS]
+    return torch.tensor(parts, dtype=torch.float32, device="cpu")
+
+
+torch.library.define(
+    "ipex_vllm::round_integers",
+    "(Tensor groups, Tensor? importance, Tensor tried, int bits, bool symmetric) -> (Tensor, Tensor, Tensor)",
+)
+
+
+def round_integers(
+    groups: Tensor, importance: Tensor | None, candidates: Tensor, bits: int, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator, in PyTorch: as an `Encoder`, but its third result is empty where there are no minimums."""
+    codes, scales, mins = _integers(groups, importance, candidates.tolist(), bits=bits, symmetric=symmetric)
+    return codes, scales, scales.new_empty(0) if mins is None else mins
+
+
+torch.library.impl("ipex_vllm::round_integers", "default", round_integers)
+
+
+def _integers(
+    groups: Tensor, importance: Tensor | None, tried: Sequence[float] = (), *, bits: int, symmetric: bool
+) -> Encoded:
+    if not symmetric:
+        return _asymmetric(groups, importance, tried, highest=2**bits - 1)
+    return _int8(groups, importance, tried) if bits == 8 else _symmetric(groups, importance, tried, bits=bits)
 
 
 def _inverse(scales: Tensor) -> Tensor:
@@ -79,7 +142,9 @@ def _weights(groups: Tensor, importance: Tensor | None) -> Tensor:
     """What a squared error counts for: its input's importance or, unknown, what ggml takes (rms + |x|)."""
     if importance is not None:
         return importance
-    return groups.square().mean(-1, keepdim=True).sqrt_() + groups.abs()
+    squares = _sum(groups.square()) / groups.shape[-1]
+    # MKL's root of a float32 is not always the nearest one.
+    return squares.double().sqrt_().float() + groups.abs()
 
 
 def _extreme(groups: Tensor) -> Tensor:
@@ -99,7 +164,7 @@ def _best_scale(
     scales = candidates[0]  # NaN stays NaN, to be refused, and so does what is too large to be squared
     for candidate in candidates:
         numbers = number(_inverse(candidate))
-        dot, square = _dot(numbers, weighted), _dot(numbers, numbers * weights)
+        dot, square = _sum(numbers * weighted), _sum(numbers * (numbers * weights))
         # For fixed codes the best scale is dot / square, and dot^2 / square is what it takes off the squared error.
         best = dot / square.clamp_min(1e-30)
         better = dot * best > most
@@ -107,12 +172,12 @@ def _best_scale(
     return scales
 
 
-def _symmetric(groups: Tensor, importance: Tensor | None, *, bits: int, search: bool) -> Encoded:
+def _symmetric(groups: Tensor, importance: Tensor | None, tried: Sequence[float], *, bits: int) -> Encoded:
     """ggml's q4_0 and q5_0: the weight of largest magnitude, with its sign, becomes code 0, which stands for -half."""
     half, highest = 2 ** (bits - 1), 2**bits - 1
     scales = _extreme(groups) / -half
-    if search:
-        candidates = [scales / stretch for stretch in STRETCHES[bits]]
+    if tried:
+        candidates = [scales / stretch for stretch in tried]
         scales = _best_scale(
             groups,
             _weights(groups, importance),
@@ -120,27 +185,27 @@ def _symmetric(groups: Tensor, importance: Tensor | None, *, bits: int, search: 
             lambda inverse: _round(groups, inverse, half, highest).sub_(half),
         )
         scales = scales.half().float()
-    codes = _round(groups if search else _fused(groups), _inverse(scales), half, highest)
+    codes = _round(groups if tried else _fused(groups), _inverse(scales), half, highest)
     return codes.to(torch.uint8), scales.half(), None
 
 
-def _asymmetric(groups: Tensor, importance: Tensor | None, *, highest: int, search: bool) -> Encoded:
+def _asymmetric(groups: Tensor, importance: Tensor | None, tried: Sequence[float], *, highest: int) -> Encoded:
     """ggml's q4_1 and q5_1: code 0 stands for the smallest weight, the highest code for the largest."""
     low, high = groups.aminmax(dim=-1, keepdim=True)
     scales, mins = (high - low) / highest, low
-    if search:
+    if tried:
         weights = _weights(groups, importance).expand_as(groups)
         weighted = groups * weights
-        total, count = weighted.sum(-1, keepdim=True), weights.sum(-1, keepdim=True).clamp_min(1e-30)
+        total, count = _sum(weighted), _sum(weights).clamp_min(1e-30)
         most = torch.full_like(low, -1.0)
-        for shrink in SHRINKS:
-            step = (high - low) * (shrink / highest)
+        for part in tried:
+            step = (high - low) * part
             start = (high + low) / 2 - step * (highest / 2)
             codes = _round(groups - start, _inverse(step), 0, highest)
             # Least squares of weight on code: slope and intercept, and the part of the squares that they explain.
             heavy = codes * weights
-            codes_total, dot = heavy.sum(-1, keepdim=True), _dot(codes, weighted)
-            spread = (count * _dot(codes, heavy) - codes_total * codes_total).clamp_min(1e-30)
+            codes_total, dot = _sum(heavy), _sum(codes * weighted)
+            spread = (count * _sum(codes * heavy) - codes_total * codes_total).clamp_min(1e-30)
             slope = (count * dot - codes_total * total) / spread
             intercept = (total - slope * codes_total) / count
             explained = slope * dot + intercept * total
@@ -149,12 +214,12 @@ def _asymmetric(groups: Tensor, importance: Tensor | None, *, highest: int, sear
             scales, mins = torch.where(better, slope, scales), torch.where(better, intercept, mins)
         scales, mins = scales.half().float(), mins.half().float()
     above = groups - mins
-    codes = _round(above if search else _fused(above), _inverse(scales), 0, highest)
+    codes = _round(above if tried else _fused(above), _inverse(scales), 0, highest)
     return codes.to(torch.uint8), scales.half(), mins.half()
 
 
-def _int8(groups: Tensor, importance: Tensor | None, *, search: bool) -> Encoded:
-    if not search:
+def _int8(groups: Tensor, importance: Tensor | None, tried: Sequence[float]) -> Encoded:
+    if not tried:
         scales = groups.abs().amax(-1, keepdim=True) / 127
         return torch.mul(groups, _inverse(scales)).round_().to(torch.int8), scales, None
 
@@ -162,7 +227,7 @@ def _int8(groups: Tensor, importance: Tensor | None, *, search: bool) -> Encoded
         return torch.mul(groups, inverse).round_().clamp_(-128, 127)
 
     first = _extreme(groups) / -128
-    scales = _best_scale(groups, _weights(groups, importance), [first / stretch for stretch in STRETCHES_8], number)
+    scales = _best_scale(groups, _weights(groups, importance), [first / stretch for stretch in tried], number)
     return number(_inverse(scales)).to(torch.int8), scales, None
 
 
@@ -211,6 +276,5 @@ def _table(groups: Tensor, importance: Tensor | None, *, values: tuple[float, ..
     return codes(_inverse(scales.float())).to(torch.uint8), scales, None
 
 
-def _dot(left: Tensor, right: Tensor) -> Tensor:
-    product: Tensor = torch.linalg.vecdot(left, right)
-    return product.unsqueeze(-1)
+def _sum(values: Tensor) -> Tensor:
+    return values.sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-// The torch operators over the matmuls, registered through torch's stable C interface (PyTorch 2.8 and later). Its
+// The torch operators over the matmuls and the rounding of weights, registered through torch's stable C interface (PyTorch 2.8 and later). Its
 // functions are looked up in the process, so that no header of torch is needed and one library serves every version.
 // Compiled with exceptions, which is how an operator fails. It is longer than other files because every operator is here,
 // beside the one set of checks.
@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "experts/experts.h"
+#include "rounding/rounding.h"
 #include "w4a8/w4a8.h"
 #include "w8a16/w8a16.h"
 #include "w8a8/w8a8.h"
@@ -45,6 +46,8 @@ struct Torch {
     int32_t (*float16)();
     int32_t (*bfloat16)();
     int32_t (*int32)();
+    int32_t (*int8)();
+    int32_t (*uint8)();
 
     bool find() {
         // Already in the process, or this is none of torch's.
@@ -61,7 +64,8 @@ struct Torch {
                found("aoti_torch_empty_strided", empty) && found("aoti_torch_copy_", copy) &&
                found("aoti_torch_dtype_float32", float32) && found("aoti_torch_dtype_float16", float16) &&
                found("aoti_torch_dtype_bfloat16", bfloat16) &&
-               found("aoti_torch_dtype_int32", int32);
+               found("aoti_torch_dtype_int32", int32) && found("aoti_torch_dtype_int8", int8) &&
+               found("aoti_torch_dtype_uint8", uint8);
     }
 };
 
@@ -302,6 +306,45 @@ void experts_operator(Value *stack, uint64_t, uint64_t) {
     stack[0] = reinterpret_cast<Value>(out.release());
 }
 
+void round_integers_operator(Value *stack, uint64_t, uint64_t) {
+    const Tensor values = contiguous(take_tensor(stack[0]));
+    Tensor importance = take_optional_tensor(stack[1]);
+    const Tensor tried = contiguous(take_tensor(stack[2]));
+    if (importance) importance = contiguous(std::move(importance));
+    const bool is_symmetric = stack[4] & 1;
+    RoundingCall call{};
+    call.bits = int32_t(stack[3]);
+    const auto sizes = values.sizes();
+    if (sizes.size() != 3 || values.dtype() != common::kFloat32 || sizes[2] == 0)
+        fail("what is rounded to integers is float32 [rows, groups, size]");
+    if (importance && (importance.dtype() != common::kFloat32 || importance.sizes() != std::vector<int64_t>{sizes[1], sizes[2]}))
+        fail("the importance of what is rounded is float32 [groups, size]");
+    if (tried.dtype() != common::kFloat32 || tried.numel() == 0) fail("what a search tries is float32, at least one");
+    if (call.bits != 4 && call.bits != 5 && (call.bits != 8 || !is_symmetric))
+        fail("integers have 4 or 5 bits, or 8 that are symmetric");
+    const std::vector<int64_t> per_group{sizes[0], sizes[1], 1};
+    const int32_t scale_dtype = call.bits == 8 ? torch.float32() : torch.float16();
+    Tensor codes = empty(sizes, call.bits == 8 ? torch.int8() : torch.uint8());
+    Tensor scales = empty(per_group, scale_dtype);
+    Tensor mins = empty(is_symmetric ? std::vector<int64_t>{0} : per_group, scale_dtype);
+    call.values = static_cast<const float *>(values.data());
+    call.importance = importance ? static_cast<const float *>(importance.data()) : nullptr;
+    call.tried = static_cast<const float *>(tried.data());
+    call.codes = static_cast<uint8_t *>(codes.data());
+    call.scales = scales.data();
+    call.mins = is_symmetric ? nullptr : static_cast<uint16_t *>(mins.data());
+    call.rows = sizes[0];
+    call.groups = sizes[1];
+    call.size = sizes[2];
+    call.candidates = tried.numel();
+    call.isa = rounding_isa();
+    call.threads = omp_get_max_threads();
+    if (rounding_round(&call)) throw std::bad_alloc();
+    stack[0] = reinterpret_cast<Value>(codes.release());
+    stack[1] = reinterpret_cast<Value>(scales.release());
+    stack[2] = reinterpret_cast<Value>(mins.release());
+}
+
 } // namespace
 
 #pragma GCC visibility push(default)
@@ -314,6 +357,8 @@ int32_t register_torch_operators() {
     if (torch.implement(library, "w4a8_linear", w4a8_operator)) return -1;
     if (torch.implement(library, "w8a8_linear", w8a8_operator)) return -1;
     if (torch.implement(library, "experts", experts_operator)) return -1;
+    // Where this has no code for the CPU, Python's own implementation stays.
+    if (rounding_isa() && torch.implement(library, "round_integers", round_integers_operator)) return -1;
     return torch.implement(library, "w8a16_linear", w8a16_operator) ? -1 : 0;
 }
 }

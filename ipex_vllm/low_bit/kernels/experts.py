@@ -6,7 +6,8 @@ How the operator works is in `docs/kernels.md`.
 import torch
 from torch import Tensor
 
-from ipex_vllm.low_bit.kernels import native, w4a8, w8a8, w8a16
+from ipex_vllm.low_bit import native
+from ipex_vllm.low_bit.kernels import w4a8, w8a8, w8a16
 from ipex_vllm.low_bit.quantize import QuantizedWeight
 
 # The formats, by name, and the activations, as csrc/experts/experts.h numbers them. "clamped_swiglu" is gpt-oss':

@@ -8,8 +8,8 @@ import ctypes
 import torch
 from torch import Tensor
 
+from ipex_vllm.low_bit import native
 from ipex_vllm.low_bit.formats import Format
-from ipex_vllm.low_bit.kernels import native
 from ipex_vllm.low_bit.kernels.base import LowBitLinear
 from ipex_vllm.low_bit.quantize import QuantizedWeight
 
@@ -76,10 +76,11 @@ def pack(codes: Tensor, scales: Tensor, mins: Tensor | None) -> Tensor:
 
     tiles = -(-outputs // TILE_OUTPUTS)
     padding = tiles * TILE_OUTPUTS - outputs
-    # [tile, half, lane, group, line, byte] -> [tile, group, line, half, lane, byte]
-    lines = torch.nn.functional.pad(codes, (0, 0, 0, padding)).view(tiles, 2, 16, groups, group // 4, 4)
-    lines = lines.permute(0, 3, 4, 1, 2, 5)
-    nibbles = (lines[:, :, :, 0] | (lines[:, :, :, 1] << 4)).reshape(tiles, groups, -1)
+    words = torch.nn.functional.pad(codes, (0, 0, 0, padding)).contiguous().view(torch.int32)
+    halves = words.view(tiles, 2, TILE_OUTPUTS // 2, -1)
+    # 4 inputs of two outputs in 4 bytes: [tile, lane, line] -> [tile, line, lane]
+    lines = (halves[:, 0] | halves[:, 1] << 4).transpose(1, 2).contiguous()
+    nibbles = lines.view(torch.uint8).view(tiles, groups, -1)
     terms = [_term_bytes(term, padding) for term in (scales, mins) if term is not None]
     return torch.cat([*terms, nibbles], dim=-1).flatten()
 

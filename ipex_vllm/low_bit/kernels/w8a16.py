@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from ipex_vllm.low_bit import native
 from ipex_vllm.low_bit.formats import Format
-from ipex_vllm.low_bit.kernels import native
 from ipex_vllm.low_bit.kernels.base import LowBitLinear
 from ipex_vllm.low_bit.quantize import QuantizedWeight
 

@@ -8,8 +8,8 @@ import ctypes
 import torch
 from torch import Tensor
 
+from ipex_vllm.low_bit import native
 from ipex_vllm.low_bit.formats import Format
-from ipex_vllm.low_bit.kernels import native
 from ipex_vllm.low_bit.kernels.base import LowBitLinear
 from ipex_vllm.low_bit.quantize import QuantizedWeight
 
@@ -76,8 +76,9 @@ def pack(codes: Tensor, scales: Tensor) -> Tensor:
     blocks = -(-inputs // block)
     # A code is kept as code + 128; x is 0 behind the last input.
     padded = torch.nn.functional.pad(codes.view(torch.uint8) ^ 128, (0, blocks * block - inputs, 0, rows))
-    # [tile, half, lane, block, line, byte] -> [tile, block, line, half, lane, byte]
-    lines = padded.view(tiles, 2, 16, blocks, block // 4, 4).permute(0, 3, 4, 1, 2, 5).reshape(tiles, blocks, -1)
+    # 4 inputs in 4 bytes: [tile, output, line] -> [tile, line, output]
+    words = padded.contiguous().view(torch.int32).view(tiles, TILE_OUTPUTS, -1)
+    lines = words.transpose(1, 2).contiguous().view(torch.uint8).view(tiles, blocks, -1)
     terms = torch.nn.functional.pad(kept, (0, 0, 0, rows)).view(tiles, TILE_OUTPUTS, groups).transpose(1, 2)
     terms = terms.contiguous().view(torch.uint8)
     if group:

@@ -19,9 +19,10 @@ from collections.abc import Callable
 import torch
 
 from ipex_vllm.low_bit.formats import FORMATS
-from ipex_vllm.low_bit.quantize import CHUNK_WEIGHTS, QuantizedWeight, quantize
+from ipex_vllm.low_bit.quantize import QuantizedWeight, quantize
 from ipex_vllm.low_bit.quantize import dequantize as dequantize_weight
 from ipex_vllm.low_bit.readers import mxfp4
+from ipex_vllm.low_bit.rounding import CHUNK_WEIGHTS
 
 GROUP = 32
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}

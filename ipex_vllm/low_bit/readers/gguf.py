@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 from ipex_vllm.low_bit.kernels import experts
-from ipex_vllm.low_bit.quantize import CHUNK_WEIGHTS
 from ipex_vllm.low_bit.readers import ggml
 from ipex_vllm.low_bit.readers.base import ExistingQuantization
 from ipex_vllm.low_bit.readers.gguf_config import config_of
 from ipex_vllm.low_bit.readers.gguf_tokenizer import write_tokenizer
 from ipex_vllm.low_bit.recipe import EXPERT_FORMATS, ROUTER
+from ipex_vllm.low_bit.rounding import CHUNK_WEIGHTS
 from ipex_vllm.machine.facts import user_cache
 from ipex_vllm.machine.gguf import GgufHeader, GgufTensor, read_header
 

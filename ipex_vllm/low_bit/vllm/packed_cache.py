@@ -23,12 +23,11 @@ from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
-from ipex_vllm.low_bit import LOW_BIT_CACHE
-from ipex_vllm.low_bit.kernels import native
+from ipex_vllm.low_bit import LOW_BIT_CACHE, native
 from ipex_vllm.machine.checkpoint import stamps
 
 IDENTITY = "identity.json"
-LAYOUT = 1  # a new number makes what older versions have kept be made again
+LAYOUT = 2  # a new number makes what older versions have kept be made again
 
 # vLLM configures the loggers below its own name only.
 logger = init_logger(f"vllm.{__name__}")

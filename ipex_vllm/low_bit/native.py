@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-LIBRARY = Path(__file__).parents[1] / "libkernels.so"
+LIBRARY = Path(__file__).parent / "libkernels.so"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
