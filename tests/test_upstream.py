@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from torch._inductor.cpu_vec_isa import VecAVX2, VecISA
 from torch.distributed import Store
 from torchvision.extension import _has_ops
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -219,3 +220,30 @@ def test_the_convolution_of_gated_linear_attention_still_refuses_a_token_by_its_
     assert torch.equal(convolve(one, upstream.convolve_even_one)[:, 0], both[:, 0])
     with pytest.raises(RuntimeError, match="expect x to be transposed"):
         convolve(one, upstream.convolve)
+
+
+def test_pytorch_loads_a_library_in_another_process_for_each_instruction_set(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where it does not, or asks the compiler itself, `ask_compiler` can go."""
+    started: list[list[str]] = []
+    run = subprocess.run
+
+    def noted(command: list[str], **options: object) -> object:
+        started.append(command)
+        return run(command, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(subprocess, "run", noted)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    assert upstream.probe(VecAVX2(), VecISA._avx_code)
+    assert any(command[0] == sys.executable for command in started)
+    started.clear()
+    assert upstream.ask_compiler(VecAVX2(), VecISA._avx_code)
+    assert not any(command[0] == sys.executable for command in started)
+
+
+def test_an_instruction_set_that_the_compiler_does_not_know_is_not_compiled_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(VecAVX2, "_arch_flags", "-mavx2 -mavx4096")
+    assert not upstream.ask_compiler(VecAVX2(), VecISA._avx_code)

@@ -6,11 +6,14 @@ import functools
 import importlib
 import inspect
 import socket
+import subprocess
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.cpu_vec_isa import VecISA
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.activation import XIELU
@@ -29,12 +32,14 @@ make_embedding = VocabParallelEmbedding.__init__
 rendezvous: Any = importlib.import_module("torch.distributed.rendezvous")  # the package gives a function that name
 make_store = rendezvous._create_c10d_store
 make_xielu = XIELU.__init__
+probe = VecISA.check_build
 convolve = gdn_attention._causal_conv1d_fwd_cpu
 
 
 def mend() -> None:
     """Mend all of them; a second call changes nothing."""
     load_compiled()
+    VecISA.check_build = ask_compiler  # type: ignore[method-assign]
     rendezvous._create_c10d_store = create_store
     json_strings.mend()
     speculation.mend()
@@ -92,6 +97,16 @@ def load_compiled() -> None:
         """Nothing is left to load."""
 
     BundledAOTAutogradSerializableCallable.finalize_loading = finalize_loading  # type: ignore[attr-defined]
+
+
+def ask_compiler(self: VecISA, code: str) -> bool:
+    """Whether the compiler knows an instruction set, which is all that this PyTorch's wheels leave open.
+
+    PyTorch finds it out by building a library for each, with its headers, and loading that in another process: ten at
+    the first start of every model.
+    """
+    command = [get_cpp_compiler(), *self.build_arch_flags().split(), "-fsyntax-only", "-x", "c++", "/dev/null"]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def rotate_heads(
