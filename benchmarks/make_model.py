@@ -2,17 +2,20 @@
 
     python -m benchmarks.make_model --shape tiny --out DIR
     python -m benchmarks.make_model --adapter-of DIR --out ANOTHER
+    python -m benchmarks.make_model --first-layers-of DIR --live-layers 2 --out ANOTHER
 
 The directory is what Hugging Face Transformers itself would save: config, bf16 safetensors, a byte-level BPE
 tokenizer trained on this Python's standard library, a ChatML chat template and a generation config. The weights
 are random (seeded), so the text is noise; the shapes, and so the cost of every step, are real. An adapter is of the
-same kind, as PEFT would save it.
+same kind, as PEFT would save it. Of a model with `--live-layers` the others cost what they cost and add nothing; its
+first layers alone write the same text, which makes them the best of drafts for speculative decoding.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sysconfig
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -154,8 +157,11 @@ def train_tokenizer(vocab_size: int, texts: Iterator[str]) -> PreTrainedTokenize
     return wrapped
 
 
-def make_model(shape: str, out: Path, seed: int = 0) -> Path:
-    """Write the model directory `out` for one of `SHAPES` or `MIXTURES` and return it; a complete one is kept."""
+def make_model(shape: str, out: Path, seed: int = 0, live_layers: int | None = None) -> Path:
+    """Write the model directory `out` for one of `SHAPES` or `MIXTURES` and return it; a complete one is kept.
+
+    Of a Llama, layers behind the first `live_layers` add nothing to what passes through them.
+    """
     if (out / "model.safetensors").exists():
         return out
     torch.manual_seed(seed)
@@ -178,11 +184,25 @@ def make_model(shape: str, out: Path, seed: int = 0) -> Path:
         model = AutoModelForCausalLM.from_config(config)
     finally:
         torch.set_default_dtype(default_dtype)
+    for layer in [] if live_layers is None else model.model.layers[live_layers:]:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
     # The weights come last: their file is what marks the directory as complete.
     model.save_pretrained(out, max_shard_size="100GB")
+    return out
+
+
+def first_layers(model: Path, out: Path, count: int) -> Path:
+    """Write the first `count` layers of a model directory, with its embedding, norm and head; return `out`."""
+    shutil.copytree(model, out, ignore=shutil.ignore_patterns("model.safetensors"))
+    config = json.loads((model / "config.json").read_text()) | {"num_hidden_layers": count}
+    (out / "config.json").write_text(json.dumps(config))
+    tensors = load_file(model / "model.safetensors")
+    kept = {name: each for name, each in tensors.items() if ".layers." not in name or int(name.split(".")[2]) < count}
+    save_file(kept, out / "model.safetensors", metadata={"format": "pt"})
     return out
 
 
@@ -206,13 +226,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write a model directory with random weights.")
     parser.add_argument("--shape", choices=[*SHAPES, *MIXTURES], default="tiny")
     parser.add_argument("--adapter-of", type=Path, help="write an adapter of this model directory instead")
+    parser.add_argument("--first-layers-of", type=Path, help="write --live-layers of this model directory instead")
+    parser.add_argument("--live-layers", type=int, help="layers that add something, of a Llama (default: all)")
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.adapter_of is not None:
         print(make_adapter(args.adapter_of, args.out, seed=args.seed))
+    elif args.first_layers_of is not None:
+        if args.live_layers is None:
+            parser.error("--first-layers-of asks for --live-layers: how many")
+        print(first_layers(args.first_layers_of, args.out, args.live_layers))
     else:
-        print(make_model(args.shape, args.out, args.seed))
+        print(make_model(args.shape, args.out, args.seed, args.live_layers))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""What vLLM answers with drafts and without: python -m tests.speculative_texts DRAFT_MODEL.
+"""What vLLM answers with drafts and without: python -m tests.speculative_texts FOLDER.
 
-The demo model in float32, so that a batch of other rows does not tip the scales. For each of `ways` a line begins with
-RESULT and holds, as JSON, its name and what `answers` returns. DRAFT_MODEL is the directory of a model that has the
-demo model's tokens.
+Small models in float32, so that a batch of other rows does not tip the scales. For each of `ways` a line begins with
+RESULT and holds, as JSON, its name and what `answers` returns. FOLDER has what drafts: `draft`, a model with the demo
+model's tokens; `eagle3`, a head for it; `mtp`, a model with a head of its own.
 """
 
 import json
 import os
 import sys
 from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the scheduler is asked below
@@ -16,13 +18,13 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the scheduler is asked bel
 from vllm import LLM, SamplingParams
 from vllm.model_executor.models import registry
 from vllm.sampling_params import StructuredOutputsParams
-from vllm.v1.core.sched.scheduler import Scheduler
 
 from ipex_vllm.demo import MODEL_DIR
-from ipex_vllm.engines.vllm_drafts import DraftingScheduler
+from ipex_vllm.engines import draft_length
+from ipex_vllm.engines.vllm_drafts import LookupDraftingScheduler, ModelDraftingScheduler
 from ipex_vllm.engines.vllm_requests import draft_counts
 
-LOOKUP = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+LOOKUP = {"method": "custom_class", "model": "ipex_vllm.low_bit.vllm.speculation.NoDrafts", "num_speculative_tokens": 4}
 SCHEMA = {"type": "object", "properties": {"name": {"enum": ["chunk", "chunks"]}}, "required": ["name"]}
 QUESTION = "What does textwrap.wrap do? " * 3
 # What is asked for, by the name of the promise. Each has one right answer: greedy, or so narrow that it is.
@@ -43,57 +45,71 @@ CASES: dict[str, dict[str, Any]] = {
 }
 NARROW = {"temperature": 1.5, "top_p": 0.97, "allowed_token_ids": [301, 302, 303, 304], "max_tokens": 4}
 NUM_SAMPLES = 1000
-NUM_BESIDE = 3  # so few streams that drafts pay
+NUM_BESIDE = 3
 
 
-class Asking(DraftingScheduler):
+class Asking(ModelDraftingScheduler):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, step_cost=0.1, **options)
 
 
-def ways(draft_model: str) -> dict[str, dict[str, Any]]:
-    """vLLM's arguments for each way of drafting."""
-    model = {"method": "draft_model", "model": draft_model, "num_speculative_tokens": 3}
+@dataclass(frozen=True)
+class Way:
+    """vLLM's arguments, and what it is asked; `is_whole`: also for samples, and in the middle of drafts to stop."""
+
+    arguments: dict[str, Any]
+    prompt: Any = QUESTION
+    cases: tuple[str, ...] = tuple(CASES)
+    is_whole: bool = True
+
+
+def ways(folder: Path) -> dict[str, Way]:
+    """Each way of drafting, and each model without."""
+    model = {"method": "draft_model", "model": str(folder / "draft"), "num_speculative_tokens": 3}
+    eagle3 = {"method": "eagle3", "model": str(folder / "eagle3"), "num_speculative_tokens": 3}
+    mtp = {"method": "mtp", "num_speculative_tokens": 1}
+    # Its tokens are no text.
+    ernie = {"model": str(folder / "mtp"), "max_model_len": 256}
+    numbers, greedy = {"prompt_token_ids": list(range(20, 60))}, ("plain", "logprobs", "penalties")
     return {
-        "off": {},
-        "lookup": {"speculative_config": LOOKUP, "scheduler_cls": Scheduler},
-        "model": {
-            "speculative_config": model,
-            "scheduler_cls": Asking,
-            "async_scheduling": False,
-        },
+        "off": Way({}),
+        "lookup": Way({"speculative_config": LOOKUP, "scheduler_cls": LookupDraftingScheduler}),
+        "model": Way({"speculative_config": model, "scheduler_cls": Asking, "async_scheduling": False}),
+        "eagle3": Way({"speculative_config": eagle3}, cases=(*greedy, "stop", "json"), is_whole=False),
+        "mtp off": Way(ernie, numbers, greedy, is_whole=False),
+        "mtp": Way({**ernie, "speculative_config": mtp}, numbers, greedy, is_whole=False),
     }
 
 
-def answers(arguments: dict[str, Any]) -> dict[str, Any]:
+def answers(way: Way) -> dict[str, Any]:
     """Tokens and log-probabilities of each case, twice; how often tokens are sampled; what is left of aborted ones."""
-    metrics = {"per_request_spec_decode_metrics": "summary"} if "speculative_config" in arguments else {}
+    metrics = {"per_request_spec_decode_metrics": "summary"} if "speculative_config" in way.arguments else {}
+    defaults = {"model": str(MODEL_DIR), "max_model_len": 512}
     llm = LLM(
-        str(MODEL_DIR),
         dtype="float32",
         enforce_eager=True,
-        max_model_len=512,
         max_num_seqs=64,
         kv_cache_memory_bytes=1 << 28,
         gpu_memory_utilization=0.1,
-        **metrics,
-        **arguments,
+        **{**defaults, **metrics, **way.arguments},
     )
-    params = [
-        SamplingParams(**{"temperature": 0.0, "max_tokens": 24, "ignore_eos": True, **case}) for case in CASES.values()
-    ]
+    params = {
+        name: SamplingParams(**{"temperature": 0.0, "max_tokens": 24, "ignore_eos": True, **CASES[name]})
+        for name in way.cases
+    }
     drafted = 0
     cases: dict[str, list[Any]] = {}
-    names = list(CASES)
     for _ in range(2):  # the second time all of a prompt is cached but for its last token
-        for first in range(0, len(names), NUM_BESIDE):
-            group = slice(first, first + NUM_BESIDE)
-            outputs = llm.generate([QUESTION] * len(names[group]), params[group], use_tqdm=False)
-            for name, output in zip(names[group], outputs, strict=True):
+        for first in range(0, len(way.cases), NUM_BESIDE):
+            names = way.cases[first : first + NUM_BESIDE]
+            outputs = llm.generate([way.prompt] * len(names), [params[name] for name in names], use_tqdm=False)
+            for name, output in zip(names, outputs, strict=True):
                 choices = [told(choice) for choice in output.outputs]
                 cases.setdefault(name, []).append([rounded(output.prompt_logprobs), *choices])
                 drafted += sum(draft_counts(choice)[0] for choice in output.outputs)
-    result = {"cases": cases, "drafted": drafted, "sampled": sampled(llm), "left": left(llm)}
+    result = {"cases": cases, "drafted": drafted}
+    if way.is_whole:
+        result |= {"sampled": sampled(llm), "left": left(llm)}
     llm.llm_engine.engine_core.shutdown()
     return result
 
@@ -132,17 +148,18 @@ def left(llm: LLM) -> int:
     assert pool.get_num_free_blocks() < before
     engine.abort_request(names)
     engine.step()
-    return before - pool.get_num_free_blocks() + len(scheduler.requests) + len(getattr(scheduler, "_acceptances", ()))
+    return before - pool.get_num_free_blocks() + len(scheduler.requests) + len(getattr(scheduler, "_kept", ()))
 
 
 def main() -> None:
     # vLLM looks at each class of models in a process of its own, for the sake of CUDA; here that only takes long.
     registry._run_in_subprocess = lambda look: look()
-    for name, arguments in ways(sys.argv[1]).items():
+    draft_length.FREE_ROWS = 1e6  # all drafts pay, so that there is something to check
+    for name, way in ways(Path(sys.argv[1])).items():
         # Each in a process of its own, which has vLLM imported: what one leaves behind, the next one stumbles over.
         child = os.fork()
         if child == 0:
-            result = json.dumps({name: answers(arguments)})
+            result = json.dumps({name: answers(way)})
             os.write(1, f"\nRESULT {result}\n".encode())
             os._exit(0)
         os.waitpid(child, 0)

@@ -3,49 +3,42 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
 
+from benchmarks.make_model import first_layers
 from ipex_vllm.demo import MODEL_DIR
-from tests.speculative_texts import CASES, NUM_SAMPLES
+from tests.speculative_heads import eagle3_head, model_with_mtp_head
+from tests.speculative_texts import NUM_SAMPLES, ways
 
 WAYS = ["lookup", "model"]
-
-
-def first_layers(folder: Path, count: int) -> Path:
-    """The demo model without its later layers: a draft that is often right."""
-    shutil.copytree(MODEL_DIR, folder)
-    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": count}
-    (folder / "config.json").write_text(json.dumps(config))
-    tensors = load_file(folder / "model.safetensors")
-    kept = {name: each for name, each in tensors.items() if ".layers." not in name or int(name.split(".")[2]) < count}
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+WITHOUT = {"lookup": "off", "model": "off", "eagle3": "off", "mtp": "mtp off"}
+ASKED = [(way, case) for way, asked in ways(Path()).items() if way in WITHOUT for case in asked.cases]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    draft = first_layers(tmp_path_factory.mktemp("models") / "draft", 4)
-    command = [sys.executable, "-m", "tests.speculative_texts", str(draft)]
+    folder = tmp_path_factory.mktemp("models")
+    first_layers(MODEL_DIR, folder / "draft", 4)  # often right
+    eagle3_head(MODEL_DIR, folder / "eagle3")
+    model_with_mtp_head(folder / "mtp")
+    command = [sys.executable, "-m", "tests.speculative_texts", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     found: dict[str, Any] = {}
     for line in lines:
         found |= json.loads(line)
-    assert found.keys() == {"off", *WAYS}, (done.stdout + done.stderr)[-4000:]
+    assert found.keys() == {*WITHOUT, *WITHOUT.values()}, (done.stdout + done.stderr)[-4000:]
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "case"), ASKED)
 def test_what_has_one_right_answer_has_the_same_with_drafts(results: dict[str, Any], way: str, case: str) -> None:
-    expected, found = results["off"]["cases"][case], results[way]["cases"][case]
+    expected, found = results[WITHOUT[way]]["cases"][case], results[way]["cases"][case]
     assert found == expected
     assert results[way]["drafted"] > 30, "nothing was put to the test"
 

@@ -104,25 +104,6 @@ def test_without_drafts_the_plain_sampler_draws(num_draft_tokens: list[int], sam
     assert "use_spec_decode = self.speculative_config is not None" in source, "upstream may do so itself by now"
 
 
-def test_nothing_is_looked_up_that_nobody_wants() -> None:
-    def runner(method: str) -> Any:
-        def propose(*arguments: Any, **_: Any) -> list[list[int]]:
-            return [[9]]
-
-        input_batch = SimpleNamespace(num_tokens_no_spec=None, token_ids_cpu=None)
-        config = SimpleNamespace(method=method)
-        return SimpleNamespace(
-            speculative_config=config, input_batch=input_batch, drafter=SimpleNamespace(propose=propose)
-        )
-
-    for method, wanted, expected in (("ngram", 0, [[], []]), ("custom_class", 0, [[9]]), ("custom_class", 2, [[9]])):
-        scheduled = SimpleNamespace(num_spec_tokens_to_schedule=wanted, total_num_scheduled_tokens=2)
-        given = GPUModelRunner.propose_draft_token_ids(
-            runner(method), scheduled, [[1], [2]], None, None, None, None, None, None, None
-        )
-        assert given == expected
-
-
 class Counter:
     """A counter of Prometheus' that belongs to no registry."""
 

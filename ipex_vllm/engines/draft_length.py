@@ -12,44 +12,63 @@ import heapq
 from collections.abc import Sequence
 
 FREE_ROWS = 10.0  # rows whose arithmetic takes as long as reading the weights
-FIRST_CHANCE = 0.5  # of a draft token, before the stream had one
-MEMORY = 0.8  # what a draft still counts for when the next one is learned from
-FORGOTTEN = 0.995  # the same for each token without a draft, so that a stream is tried again
+MEMORY = 0.9  # what a tested token still counts for when the next one is learned from
+FORGOTTEN = 0.998  # the same for each token without a draft, so that a stream is tried again
+
+# Of a draft token to be accepted, before the stream had one: a model's; a looked-up one's by its match, the number of
+# tokens before it that are the same where it was found, one, two, and so on.
+MODELS_CHANCE = (0.5,)
+LOOKUPS_CHANCES = (0.2, 0.5, 0.6, 0.75, 0.8, 0.85, 0.85, 0.9)
 
 
 class Acceptance:
-    """How likely a stream's next draft token is to be accepted, after its newest drafts."""
+    """How likely a stream's next draft tokens are to be accepted, after its newest ones.
 
-    __slots__ = ("_accepted", "_last", "_tested")
+    Args:
+        first_chances: before there were any, by the match of the draft token. One that follows another in its draft
+            has a match that is longer by one.
+    """
 
-    def __init__(self) -> None:
-        self._accepted = self._tested = 0.0
+    __slots__ = ("_accepted", "_first", "_last", "_tested")
+
+    def __init__(self, first_chances: Sequence[float] = MODELS_CHANCE) -> None:
+        self._first = first_chances
+        self._accepted, self._tested = [0.0] * len(first_chances), [0.0] * len(first_chances)
         self._last = 0
 
-    def learn(self, drafted: int, accepted: int, position: int) -> None:
+    def learn(self, drafted: int, accepted: int, position: int, match: int = 1) -> None:
         """Learn from a draft of `drafted` tokens, `accepted` of them; the stream had `position` tokens before it.
 
         The first one that was refused was tested as well, those behind it were not.
         """
-        kept = MEMORY * self._kept(position)
-        self._accepted = kept * self._accepted + accepted
-        self._tested = kept * self._tested + min(accepted + 1, drafted)
+        kept = self._kept(position)
+        self._accepted = [kept * each for each in self._accepted]
+        self._tested = [kept * each for each in self._tested]
+        for index in range(min(accepted + 1, drafted)):
+            at = min(match + index, len(self._first)) - 1
+            self._accepted[at] = MEMORY * self._accepted[at] + (index < accepted)
+            self._tested[at] = MEMORY * self._tested[at] + 1
         self._last = position + accepted + 1
 
-    def chance(self, position: int) -> float:
-        """The chance of the first token of a draft at `position`; of the n-th, its n-th power."""
-        kept = self._kept(position)
-        return (kept * self._accepted + FIRST_CHANCE) / (kept * self._tested + 1)
+    def chances(self, position: int, most: int, match: int = 1) -> list[float]:
+        """For each of `most` tokens of a draft at `position` the chance that it and all before it are accepted."""
+        kept, chance, chances = self._kept(position), 1.0, []
+        for index in range(most):
+            at = min(match + index, len(self._first)) - 1
+            chance *= (kept * self._accepted[at] + self._first[at]) / (kept * self._tested[at] + 1)
+            chances.append(chance)
+        return chances
 
     def _kept(self, position: int) -> float:
         return float(FORGOTTEN ** max(position - self._last, 0))
 
 
-def lengths(chances: Sequence[float], limits: Sequence[int], free_rows: float = FREE_ROWS) -> list[int]:
-    """Draft tokens for each stream of a step, given each one's chance and the most that it can have."""
+def lengths(chances: Sequence[Sequence[float]], free_rows: float | None = None) -> list[int]:
+    """Draft tokens for each stream of a step, given the chances of those that it can have, falling."""
+    free_rows = FREE_ROWS if free_rows is None else free_rows
     granted = [0] * len(chances)
     tokens = rows = float(len(chances))
-    waiting = [(-chance, stream) for stream, chance in enumerate(chances) if limits[stream] > 0]
+    waiting = [(-each[0], stream) for stream, each in enumerate(chances) if each]
     heapq.heapify(waiting)
     while waiting:
         chance, stream = -waiting[0][0], waiting[0][1]
@@ -58,34 +77,27 @@ def lengths(chances: Sequence[float], limits: Sequence[int], free_rows: float = 
         granted[stream] += 1
         tokens += chance
         rows += 1
-        if granted[stream] < limits[stream]:
-            heapq.heapreplace(waiting, (-chance * chances[stream], stream))
+        if granted[stream] < len(chances[stream]):
+            heapq.heapreplace(waiting, (-chances[stream][granted[stream]], stream))
         else:
             heapq.heappop(waiting)
     return granted
 
 
-def proposal(chances: Sequence[float], most: int, step_cost: float, free_rows: float = FREE_ROWS) -> int:
-    """How many tokens to draft for each stream, before it is known what the drafts will be.
+def proposal(chances: Sequence[Sequence[float]], step_cost: float, free_rows: float | None = None) -> int:
+    """How many tokens a model is to draft for each stream, before it is known what the drafts will be.
 
     Args:
-        chances: each stream's, see `Acceptance.chance`.
-        most: the longest draft.
-        step_cost: of drafting one token for all streams, as a share of a step of one token each; 0 for a lookup.
+        chances: each stream's, see `Acceptance.chances`.
+        step_cost: of drafting one token for all streams, as a share of a step of one token each.
     """
-    if step_cost == 0:
-        return max(lengths(chances, [most] * len(chances), free_rows), default=0)
+    free_rows = FREE_ROWS if free_rows is None else free_rows
     plain = free_rows + len(chances)
     best, best_rate = 0, len(chances) / plain
-    for length in range(1, most + 1):
-        granted = lengths(chances, [length] * len(chances), free_rows)
-        tokens = len(chances) + sum(_expected(chance, count) for chance, count in zip(chances, granted, strict=True))
+    for length in range(1, max(map(len, chances), default=0) + 1):
+        granted = lengths([each[:length] for each in chances], free_rows)
+        tokens = len(chances) + sum(sum(each[:count]) for each, count in zip(chances, granted, strict=True))
         rate = tokens / (plain * (1 + step_cost * length) + sum(granted))
         if rate > best_rate:
             best, best_rate = length, rate
     return best
-
-
-def _expected(chance: float, length: int) -> float:
-    """Accepted tokens of a draft: the sum of the first `length` powers of `chance`."""
-    return float(length) if chance >= 1 else chance * (1 - chance**length) / (1 - chance)

@@ -16,7 +16,6 @@ from ipex_vllm.plan.plan import Plan
 # The longest drafts; how much of them pays is decided for each stream and step (`draft_length.py`).
 LOOKED_UP_TOKENS = 15
 DRAFTED_TOKENS = 5
-LEAST_MATCH, LONGEST_MATCH = 3, 5  # tokens that the text so far must have in common with its end
 
 
 def no_speculation(args: argparse.Namespace) -> str | None:
@@ -74,11 +73,13 @@ def apply_speculation(args: argparse.Namespace, plan: Plan) -> None:
     if args.per_request_spec_decode_metrics == "none":
         args.per_request_spec_decode_metrics = "summary"  # for the request's log line
     if plan.speculative == "ngram":
+        # Our scheduler looks them up (`vllm_drafts.py`); vLLM's worker has only to check them.
+        from ipex_vllm.low_bit.vllm.speculation import NoDrafts
+
         args.speculative_config = {
-            "method": "ngram",
+            "method": "custom_class",
+            "model": f"{NoDrafts.__module__}.{NoDrafts.__qualname__}",
             "num_speculative_tokens": LOOKED_UP_TOKENS,
-            "prompt_lookup_min": LEAST_MATCH,
-            "prompt_lookup_max": LONGEST_MATCH,
         }
     elif plan.speculative == "draft":
         assert plan.draft_model is not None

@@ -5,92 +5,170 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm import SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import DraftTokenIds
 
 from ipex_vllm.demo import MODEL_DIR
-from ipex_vllm.engines.vllm_drafts import DraftingScheduler, PacedDraftingScheduler, _Drafting, choose_scheduler
+from ipex_vllm.engines.vllm_drafts import (
+    LookupDraftingScheduler,
+    ModelDraftingScheduler,
+    PacedLookupDraftingScheduler,
+    PacedModelDraftingScheduler,
+    _LookupDrafting,
+    _ModelDrafting,
+    choose_scheduler,
+)
 from ipex_vllm.engines.vllm_scheduler import PacedScheduler
 from ipex_vllm.plan.plan import Plan
 
 
 class Request:
-    def __init__(self, name: str, is_prefill_chunk: bool = False) -> None:
-        self.name, self.is_prefill_chunk = name, is_prefill_chunk
+    """One that has got `prompt` and writes on; vLLM's, as far as it is asked."""
+
+    def __init__(self, name: str, prompt: list[int] | None = None, **more: Any) -> None:
+        self.request_id = name
+        self.all_token_ids = list(prompt or [1, 2, 3])
         self.num_output_tokens = 0
+        self.max_tokens: int = more.pop("max_tokens", 10_000)
+        self.is_prefill_chunk: bool = more.pop("is_prefill_chunk", False)
+        self.sampling_params = SamplingParams(**more)
         self.spec_token_ids: list[int] = []
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.all_token_ids)
 
 
 class FakeScheduler:
     num_spec_tokens = 8
+    max_model_len = 10_000
 
     def __init__(self, *requests: Request) -> None:
         self.running = list(requests)
-        self.requests = {request.name: request for request in requests}
+        self.requests = {request.request_id: request for request in requests}
 
     def schedule(self) -> Any:
         return SimpleNamespace(num_spec_tokens_to_schedule=self.num_spec_tokens)
 
     def update_from_output(self, scheduled: Any, output: Any) -> None:
         for name, index in output.req_id_to_index.items():
-            self.requests[name].num_output_tokens += len(output.sampled_token_ids[index])
+            request, sampled = self.requests[name], output.sampled_token_ids[index]
+            request.all_token_ids += sampled
+            request.num_output_tokens += len(sampled)
 
-    def update_draft_token_ids(self, drafts: Any) -> None:
-        for request in self.running:
-            request.spec_token_ids = [] if request.is_prefill_chunk else [7] * drafts
+    def update_draft_token_ids(self, drafts: DraftTokenIds) -> None:
+        for name, draft in zip(drafts.req_ids, drafts.draft_token_ids, strict=True):
+            request = self.requests[name]
+            request.spec_token_ids = [] if request.is_prefill_chunk else list(draft)
 
 
-class Drafting(_Drafting, FakeScheduler):
+class Modelled(_ModelDrafting, FakeScheduler):
     pass
 
 
-def step(scheduler: Any, right: dict[str, bool]) -> None:
-    """One step in which all of a request's draft is right, or none of it."""
-    drafts = {request.name: request.spec_token_ids for request in scheduler.running if request.spec_token_ids}
-    sampled = [[1] * (1 + len(drafts.get(name, ())) * is_right) for name, is_right in right.items()]
+class LookedUp(_LookupDrafting, FakeScheduler):
+    pass
+
+
+def step(scheduler: Any, sampled: dict[str, list[int]], drafted: list[int] | None = None) -> None:
+    """One step in which the streams got `sampled`, after which the worker has `drafted` for each."""
+    drafts = {request.request_id: request.spec_token_ids for request in scheduler.running if request.spec_token_ids}
     output = SimpleNamespace(
-        sampled_token_ids=sampled, req_id_to_index={name: index for index, name in enumerate(right)}
+        sampled_token_ids=list(sampled.values()), req_id_to_index={name: index for index, name in enumerate(sampled)}
     )
     scheduler.update_from_output(SimpleNamespace(scheduled_spec_decode_tokens=drafts), output)
-    scheduler.update_draft_token_ids(8)
+    names = [request.request_id for request in scheduler.running]
+    scheduler.update_draft_token_ids(DraftTokenIds(names, [list(drafted or []) for _ in names]))
+
+
+def judged(request: Request, is_right: bool) -> list[int]:
+    """What a step yields in which all of a request's draft is right, or none of it."""
+    return [*request.spec_token_ids, 9] if is_right else [9]
 
 
 def test_each_streams_drafts_follow_its_own_success() -> None:
     good, bad, prompt = Request("good"), Request("bad"), Request("prompt", is_prefill_chunk=True)
-    scheduler = Drafting(good, bad, prompt, step_cost=0.0)
-    for _ in range(12):
-        step(scheduler, {"good": True, "bad": False})
-    assert len(good.spec_token_ids) == 8
+    scheduler = Modelled(good, bad, prompt, step_cost=0.02)
+    for _ in range(20):
+        step(scheduler, {"good": judged(good, True), "bad": judged(bad, False)}, [7] * 8)
+    assert good.spec_token_ids == [7] * 8
     assert bad.spec_token_ids == []
     assert scheduler.schedule().num_spec_tokens_to_schedule == 8
     scheduler.running = [bad]
     for _ in range(12):
-        step(scheduler, {"bad": False})
-    assert scheduler.schedule().num_spec_tokens_to_schedule == 0, "nothing is looked up that nobody wants"
+        step(scheduler, {"bad": judged(bad, False)}, [7] * 8)
+    assert scheduler.schedule().num_spec_tokens_to_schedule == 0, "nothing is drafted that nobody wants"
     scheduler.running = [prompt]
     assert scheduler.schedule().num_spec_tokens_to_schedule == 0
 
 
-def test_what_was_learned_goes_with_its_request() -> None:
-    scheduler = Drafting(Request("a"), step_cost=0.0)
+def test_a_text_that_repeats_itself_is_drafted_from_its_own_beginning() -> None:
+    text = list(range(100, 140))
+    request = Request("copy", text, max_tokens=len(text))
+    scheduler = LookedUp(request)
+    written: list[int] = []
+    steps = 0
+    while len(written) < len(text):
+        right = 0
+        while right < len(request.spec_token_ids) and request.spec_token_ids[right] == text[len(written) + right]:
+            right += 1
+        sampled = text[len(written) : len(written) + right + 1]
+        written += sampled
+        step(scheduler, {"copy": sampled})
+        steps += 1
+    assert written == text
+    assert steps < len(text) / 3
+
+
+def test_a_text_in_which_nothing_comes_twice_has_no_drafts() -> None:
+    request = Request("new", list(range(50)))
+    scheduler = LookedUp(request)
+    for token in range(50, 80):
+        step(scheduler, {"new": [token]})
+        assert request.spec_token_ids == []
+
+
+@pytest.mark.parametrize(
+    ("more", "most"),
+    [({}, 8), ({"max_tokens": 4}, 2), ({"min_p": 0.5}, 0), ({"logit_bias": {5: 1.0}}, 0)],
+    ids=["alone", "nearly at its end", "min_p", "logit_bias"],
+)
+def test_a_draft_is_no_longer_than_what_can_be_used_of_it(more: dict[str, Any], most: int) -> None:
+    request = Request("a", [1, 2, 3, 4, 5, 6, 7, 8, 9] * 3, **more)
+    scheduler = LookedUp(request)
+    for _ in range(4):
+        scheduler._of(request).acceptance.learn(8, 8, 0, match=8)
+    step(scheduler, {"a": [1]})
+    assert request.spec_token_ids == [2, 3, 4, 5, 6, 7, 8, 9][:most]
+    scheduler.max_model_len = request.num_tokens + 1
+    step(scheduler, {"a": [2]})
+    assert request.spec_token_ids == []
+
+
+@pytest.mark.parametrize("scheduler", [Modelled(Request("a"), step_cost=0.0), LookedUp(Request("a"))])
+def test_what_was_learned_goes_with_its_request(scheduler: Any) -> None:
     for _ in range(3):
-        step(scheduler, {"a": True})
-    assert len(scheduler._acceptances) == 1
+        step(scheduler, {"a": [1, 2]}, [7])
+    assert len(scheduler._kept) == 1
     scheduler.running.clear()
     scheduler.requests.clear()
-    assert len(scheduler._acceptances) == 0
+    assert len(scheduler._kept) == 0
 
 
 @pytest.mark.parametrize(
     ("speculative", "max_gap", "vllms", "expected"),
     [
-        ("ngram", 0.5, Scheduler, PacedDraftingScheduler),
-        ("ngram", 0.0, Scheduler, DraftingScheduler),
+        ("ngram", 0.5, Scheduler, PacedLookupDraftingScheduler),
+        ("ngram", 0.0, Scheduler, LookupDraftingScheduler),
+        ("draft", 0.5, Scheduler, PacedModelDraftingScheduler),
+        ("draft", 0.0, Scheduler, ModelDraftingScheduler),
         ("off", 0.5, Scheduler, PacedScheduler),
         ("ngram", 0.5, AsyncScheduler, None),
         ("ngram", 0.5, str, None),
     ],
-    ids=["paced", "alone", "off", "ahead of its drafts", "the user's own"],
+    ids=["paced", "alone", "a model, paced", "a model", "off", "ahead of its drafts", "the user's own"],
 )
 def test_vllms_own_scheduler_drafts_as_much_as_pays(
     speculative: Any, max_gap: float, vllms: type, expected: type | None
@@ -112,8 +190,8 @@ def test_vllms_own_scheduler_drafts_as_much_as_pays(
     choose_scheduler(SimpleNamespace(scheduler_config=config), plan)
     chosen = None if config.scheduler_cls is None else pickle.loads(pickle.dumps(config.scheduler_cls))
     if expected is None:
-        assert chosen is None or not issubclass(chosen.func, _Drafting)
+        assert chosen is None or not issubclass(chosen.func, (_ModelDrafting, _LookupDrafting))
         return
     keywords = {"max_gap": max_gap} if max_gap else {}
-    drafting = {"step_cost": 0.25} if speculative != "off" else {}
+    drafting = {"step_cost": 0.25} if speculative == "draft" else {}
     assert (chosen.func, chosen.keywords) == (expected, keywords | drafting)

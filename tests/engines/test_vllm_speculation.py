@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -47,10 +48,13 @@ def make(parser: argparse.ArgumentParser) -> Make:
     return make
 
 
-def test_tokens_are_looked_up_by_vllms_own_proposer(make: Make) -> None:
+def test_tokens_are_looked_up_by_our_scheduler_and_not_in_vllms_worker(make: Make) -> None:
     for speculative in ("auto", "ngram"):
         args = make(speculative=speculative)
-        assert args.speculative_config["method"] == "ngram"
+        assert args.speculative_config["method"] == "custom_class"
+        module, _, name = args.speculative_config["model"].rpartition(".")
+        worker = getattr(importlib.import_module(module), name)(None)
+        assert worker.propose([[1], [2]], None, None, slot_mappings=None) == [[], []]
         assert args.per_request_spec_decode_metrics == "summary"
     assert make(speculative="off").speculative_config is None
     assert make().per_request_spec_decode_metrics == "none"

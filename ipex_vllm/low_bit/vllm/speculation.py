@@ -101,7 +101,7 @@ def mend_runner() -> None:
         rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
     if GPUModelRunner._sample.__module__ == __name__:
         return
-    check_and_sample, propose = GPUModelRunner._sample, GPUModelRunner.propose_draft_token_ids
+    check_and_sample = GPUModelRunner._sample
 
     def sample(self: GPUModelRunner, logits: Any, spec_decode_metadata: Any) -> Any:
         """Without drafts the next tokens are drawn as without speculation, which copies no logits."""
@@ -109,13 +109,20 @@ def mend_runner() -> None:
             spec_decode_metadata = None
         return check_and_sample(self, logits, spec_decode_metadata)
 
-    def propose_if_wanted(self: GPUModelRunner, scheduler_output: Any, sampled_token_ids: Any, *others: Any) -> Any:
-        """Nothing is looked up where no draft is wanted; a model that drafts has to read on all the same."""
-        if self.speculative_config.method == "ngram" and scheduler_output.num_spec_tokens_to_schedule == 0:
-            return [[] for _ in sampled_token_ids]
-        return propose(self, scheduler_output, sampled_token_ids, *others)
+    GPUModelRunner._sample = sample
 
-    GPUModelRunner._sample, GPUModelRunner.propose_draft_token_ids = sample, propose_if_wanted
+
+class NoDrafts:
+    """What drafts in the worker, for vLLM's method `custom_class`, where its scheduler looks drafts up: nothing."""
+
+    def __init__(self, config: Any) -> None:
+        """Called by vLLM with its config."""
+
+    def load_model(self, *_: Any) -> None:
+        """There is none."""
+
+    def propose(self, sampled_token_ids: list[list[int]], *_: Any, **__: Any) -> list[list[int]]:
+        return [[] for _ in sampled_token_ids]
 
 
 def expand_batch_to_tokens(
