@@ -22,6 +22,7 @@ from benchmarks.load.output import markdown_table, number
 RESULTS = ROOT / "docs" / "results"
 # The model that the systems' accuracy is of. It has the real weights, moved off the 4-bit grid of their own file.
 ACCURACY_MODEL = "smollm2-dithered"
+WHAT = {"vllm": "ours on vLLM", "openvino": "OpenVINO", "llama-cpp": "llama.cpp"}
 BLOCK = re.compile(r"(<!-- results (?P<name>[\w.-]+)(?P<speeds> speeds)? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -109,9 +110,9 @@ def plot_accuracy(name: str, result: Mapping[str, Any]) -> None:
 
 
 def accuracies(result: Mapping[str, Any]) -> str:
-    header = ["", "model", "perplexity ÷ float32's", "divergence, nats", "same top token"]
+    header = ["format", "model", "perplexity ÷ float32's", "divergence, nats", "same top token"]
     rows = [
-        [f"`{row['format']}`, {row['what']}", row["model"], *accuracy_cells(row), f"{row['same_top_token']:.1%}"]
+        [f"`{row['format']}`, {WHAT.get(row['what'], row['what'])}", row["model"], *accuracy_cells(row), f"{row['same_top_token']:.1%}"]
         for row in result["rows"]
     ]
     return markdown_table(header, rows)
@@ -120,7 +121,7 @@ def accuracies(result: Mapping[str, Any]) -> str:
 def where(result: Mapping[str, Any]) -> str:
     """On what, when and of which commit; of a comparison also how often, and how far two of the same differ."""
     machine = result["machine"]
-    told = f"{machine['cores']} cores of {machine['cpu']} ({', '.join(machine['isa'])}), {machine['date'][:10]}, "
+    told = f"{machine['cores']} core{'' if machine['cores'] == 1 else 's'} of {machine['cpu']} ({', '.join(machine['isa'])}), {machine['date'][:10]}, "
     told += f"commit {machine['commit']}."
     if result["kind"] != "compare":
         return told

@@ -57,7 +57,7 @@ def test_a_comparison_s_table_has_each_system_s_figures_and_says_where_they_are_
 
 def test_an_accuracy_s_table() -> None:
     row = {"model": "m", "format": "f", "what": "vllm", "perplexity_ratio": 1.0, "kl": 0.5, "same_top_token": 0.81}
-    assert tables.accuracies({"rows": [row]}).splitlines()[2] == "| `f`, vllm | m | 1.000 | 0.500 | 81.0% |"
+    assert tables.accuracies({"rows": [row]}).splitlines()[2] == "| `f`, ours on vLLM | m | 1.000 | 0.500 | 81.0% |"
 
 
 def test_the_pages_have_the_tables_that_their_results_give() -> None:
