@@ -112,7 +112,12 @@ def plot_accuracy(name: str, result: Mapping[str, Any]) -> None:
 def accuracies(result: Mapping[str, Any]) -> str:
     header = ["format", "model", "perplexity ÷ float32's", "divergence, nats", "same top token"]
     rows = [
-        [f"`{row['format']}`, {WHAT.get(row['what'], row['what'])}", row["model"], *accuracy_cells(row), f"{row['same_top_token']:.1%}"]
+        [
+            f"`{row['format']}`, {WHAT.get(row['what'], row['what'])}",
+            row["model"],
+            *accuracy_cells(row),
+            f"{row['same_top_token']:.1%}",
+        ]
         for row in result["rows"]
     ]
     return markdown_table(header, rows)
@@ -121,7 +126,8 @@ def accuracies(result: Mapping[str, Any]) -> str:
 def where(result: Mapping[str, Any]) -> str:
     """On what, when and of which commit; of a comparison also how often, and how far two of the same differ."""
     machine = result["machine"]
-    told = f"{machine['cores']} core{'' if machine['cores'] == 1 else 's'} of {machine['cpu']} ({', '.join(machine['isa'])}), {machine['date'][:10]}, "
+    cores = "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"
+    told = f"{cores} of {machine['cpu']} ({', '.join(machine['isa'])}), {machine['date'][:10]}, "
     told += f"commit {machine['commit']}."
     if result["kind"] != "compare":
         return told
