@@ -145,7 +145,11 @@ class Clients:
     async def large(self, door: Door) -> None:
         response = await self.http.post(door.url + door.path, json=door.body(prompt=LARGE_PROMPT))
         content = response.content.split(b"\0")[0]
-        self.seen.outcomes[self.seen.read(json.loads(content), response.status_code) or "lost"] += 1
+        try:
+            outcome = self.seen.read(json.loads(content), response.status_code) or "lost"
+        except ValueError:
+            outcome = f"not in the protocol's form: {response.status_code} {content[:200]!r}"
+        self.seen.outcomes[outcome] += 1
 
     async def wrong(self, door: Door) -> None:
         path = random.choice(WORKER_PATHS)
