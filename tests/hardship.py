@@ -144,7 +144,7 @@ class Clients:
 
     async def large(self, door: Door) -> None:
         response = await self.http.post(door.url + door.path, json=door.body(prompt=LARGE_PROMPT))
-        content = response.content.split(b"\0")[0]
+        content = response.content.strip(b"\0").split(b"\0")[0]  # empty frames are a sign of life
         try:
             outcome = self.seen.read(json.loads(content), response.status_code) or "lost"
         except ValueError:
