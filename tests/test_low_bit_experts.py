@@ -187,8 +187,10 @@ def assert_close(run: Result, wanted: torch.Tensor, model: Path) -> None:
 )
 def test_experts_are_quantized(run: str, name: str, models: dict[str, Path], results: dict[str, Result]) -> None:
     wanted = expected(models[name], FORMAT_OF[name], num_ranks=2 if "ranks" in run else 1)
-    if FORMAT_OF[name] == "sym_int8":  # rounding activations costs as much as rounding weights
-        assert (results[run].logprobs - wanted).abs().mean() < 0.06
+    if FORMAT_OF[name] == "sym_int8":
+        # Rounding activations costs as much as rounding weights. Either sends a token whose experts are nearly alike to
+        # another one, in Transformers too, and that token's error is twenty times the others': so the median.
+        assert (results[run].logprobs - wanted).abs().median() < 0.06
     else:
         assert_close(results[run], wanted, models[name])
     assert f"{FORMAT_OF[name]}: 2 layers use the kernel experts" in results[run].log

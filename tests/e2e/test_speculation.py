@@ -10,9 +10,10 @@ from typing import Any
 import httpx
 from safetensors.torch import load_file, save_file
 
+from benchmarks.make_model import first_layers
+from ipex_vllm.demo import MODEL_DIR
 from tests.processes import worker
 from tests.support import generate, openai_client
-from tests.test_speculation import first_layers
 
 QUESTION = "What does textwrap.wrap do?"
 SIZES = {384: 128, 1024: 256}  # of the demo model, and of a draft that costs a tenth of it
@@ -20,7 +21,7 @@ SIZES = {384: 128, 1024: 256}  # of the demo model, and of a draft that costs a 
 
 def small_model(folder: Path) -> Path:
     """A part of each matrix of the demo model's first layer: hardly ever right, and cheap enough to be asked."""
-    first_layers(folder, 1)
+    first_layers(MODEL_DIR, folder, 1)
     config = json.loads((folder / "config.json").read_text())
     config |= {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2}
     (folder / "config.json").write_text(json.dumps(config))
