@@ -63,16 +63,15 @@ class Acceptance:
         return float(FORGOTTEN ** max(position - self._last, 0))
 
 
-def lengths(chances: Sequence[Sequence[float]], free_rows: float | None = None) -> list[int]:
+def lengths(chances: Sequence[Sequence[float]]) -> list[int]:
     """Draft tokens for each stream of a step, given the chances of those that it can have, falling."""
-    free_rows = FREE_ROWS if free_rows is None else free_rows
     granted = [0] * len(chances)
     tokens = rows = float(len(chances))
     waiting = [(-each[0], stream) for stream, each in enumerate(chances) if each]
     heapq.heapify(waiting)
     while waiting:
         chance, stream = -waiting[0][0], waiting[0][1]
-        if chance * (free_rows + rows) <= tokens:  # less than the step's tokens for the time of a row
+        if chance * (FREE_ROWS + rows) <= tokens:  # less than the step's tokens for the time of a row
             break
         granted[stream] += 1
         tokens += chance
@@ -84,18 +83,17 @@ def lengths(chances: Sequence[Sequence[float]], free_rows: float | None = None) 
     return granted
 
 
-def proposal(chances: Sequence[Sequence[float]], step_cost: float, free_rows: float | None = None) -> int:
+def proposal(chances: Sequence[Sequence[float]], step_cost: float) -> int:
     """How many tokens a model is to draft for each stream, before it is known what the drafts will be.
 
     Args:
         chances: each stream's, see `Acceptance.chances`.
         step_cost: of drafting one token for all streams, as a share of a step of one token each.
     """
-    free_rows = FREE_ROWS if free_rows is None else free_rows
-    plain = free_rows + len(chances)
+    plain = FREE_ROWS + len(chances)
     best, best_rate = 0, len(chances) / plain
     for length in range(1, max(map(len, chances), default=0) + 1):
-        granted = lengths([each[:length] for each in chances], free_rows)
+        granted = lengths([each[:length] for each in chances])
         tokens = len(chances) + sum(sum(each[:count]) for each, count in zip(chances, granted, strict=True))
         rate = tokens / (plain * (1 + step_cost * length) + sum(granted))
         if rate > best_rate:

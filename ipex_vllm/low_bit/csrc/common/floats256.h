@@ -29,7 +29,9 @@ struct Floats256 {
         _mm_storeu_si128(static_cast<__m128i *>(p),
                          _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
     }
+    static F constant(float value) { return _mm256_set1_ps(value); }
     static F add(F a, F b) { return _mm256_add_ps(a, b); }
+    static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
     static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 };
 

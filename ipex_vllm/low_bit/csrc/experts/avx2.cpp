@@ -6,8 +6,6 @@ namespace experts {
 namespace {
 
 struct Avx2 : common::Floats256 {
-    static F constant(float value) { return _mm256_set1_ps(value); }
-    static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
     static F div(F a, F b) { return _mm256_div_ps(a, b); }
     // Of a NaN and a number the second is taken: a NaN stays one when it is the second.
     static F min(F a, F b) { return _mm256_min_ps(b, a); }

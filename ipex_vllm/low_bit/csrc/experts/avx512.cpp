@@ -6,8 +6,6 @@ namespace experts {
 namespace {
 
 struct Avx512 : common::Floats512 {
-    static F constant(float value) { return _mm512_set1_ps(value); }
-    static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
     static F div(F a, F b) { return _mm512_div_ps(a, b); }
     // Of a NaN and a number the second is taken: a NaN stays one when it is the second.
     static F min(F a, F b) { return _mm512_min_ps(b, a); }

@@ -6,9 +6,7 @@ namespace rounding {
 namespace {
 
 struct Avx2 : common::Floats256 {
-    static F constant(float value) { return _mm256_set1_ps(value); }
     static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
-    static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
     static F min(F a, F b) { return _mm256_min_ps(a, b); }
     static F max(F a, F b) { return _mm256_max_ps(a, b); }
     static F floor(F v) { return _mm256_floor_ps(v); }

@@ -6,9 +6,7 @@ namespace rounding {
 namespace {
 
 struct Avx512 : common::Floats512 {
-    static F constant(float value) { return _mm512_set1_ps(value); }
     static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
-    static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
     static F min(F a, F b) { return _mm512_min_ps(a, b); }
     static F max(F a, F b) { return _mm512_max_ps(a, b); }
     static F floor(F v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
