@@ -181,19 +181,24 @@ def test_sigterm_under_load_loses_nothing(tmp_path: Path) -> None:
 
 def test_a_dead_engine_process_ends_the_worker_and_its_requests(tmp_path: Path) -> None:
     with worker(tmp_path / "worker", *ENGINE) as running, ThreadPoolExecutor(4) as pool:
-        answers = start_streams(running, pool, max_new_tokens=1500)
         (engine_process,) = [child for child in running.tree()[1:] if is_python(child)]
+        answers = start_streams(running, pool, max_new_tokens=1500, count=2)
+        engine_process.suspend()
+        answers += start_streams(running, pool, max_new_tokens=1500, count=2)  # which no step takes up any more
         engine_process.kill()
         assert [answer.result()[-1]["error_code"] for answer in answers] == [50001] * 4
         assert running.process.wait(60) == 1
         assert "ipex-llm's engine died" in running.output
 
 
-def start_streams(running: Server, pool: ThreadPoolExecutor, max_new_tokens: int) -> list[Future[list[dict[str, Any]]]]:
-    """Four streams of that many tokens, all of which run."""
+def start_streams(
+    running: Server, pool: ThreadPoolExecutor, max_new_tokens: int, count: int = 4
+) -> list[Future[list[dict[str, Any]]]]:
+    """Streams of that many tokens, all of which the worker has taken."""
     params = {"prompt": PROMPT, "max_new_tokens": max_new_tokens, "ignore_eos": True}
-    answers = [pool.submit(stream, running.url, **params) for _ in range(4)]
-    eventually(lambda: queue_length(running.url) == 4, "all running")
+    before = queue_length(running.url)
+    answers = [pool.submit(stream, running.url, **params) for _ in range(count)]
+    eventually(lambda: queue_length(running.url) == before + count, "all taken")
     return answers
 
 
