@@ -83,6 +83,7 @@ class Clockwork:
         self._num_decoding = 0
 
     def install(self) -> None:
+        from vllm.model_executor.layers.logits_processor import LogitsProcessor
         from vllm.v1.core.sched.scheduler import Scheduler
         from vllm.v1.engine.core import EngineCore
         from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -92,18 +93,12 @@ class Clockwork:
             (Scheduler, "update_from_output", UPDATE),
             (GPUModelRunner, "execute_model", RUNNER),
             (GPUModelRunner, "_model_forward", FORWARD),
+            (LogitsProcessor, "forward", HEAD),
             (GPUModelRunner, "sample_tokens", SAMPLER),
         ):
             setattr(owner, name, self.timed(getattr(owner, name), part))
         for name in ("step", "step_with_batch_queue"):
             setattr(EngineCore, name, self.whole(getattr(EngineCore, name)))
-        load_model = GPUModelRunner.load_model
-
-        def with_timed_head(runner: Any, *arguments: Any, **options: Any) -> None:
-            load_model(runner, *arguments, **options)
-            runner.model.compute_logits = self.timed(runner.model.compute_logits, HEAD)
-
-        GPUModelRunner.load_model = with_timed_head
 
     def timed(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
         def wrapped(*arguments: Any, **options: Any) -> Any:
