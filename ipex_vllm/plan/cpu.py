@@ -42,8 +42,12 @@ MIN_WEIGHT_BYTES_TO_COMPILE = 512 << 20
 def apply(machine: MachineFacts) -> None:
     """Restart this process, once, with Intel's OpenMP and tcmalloc preloaded, where they are there and not yet loaded.
 
-    The dynamic linker reads LD_PRELOAD when a process starts, so this comes before anything heavy is imported.
+    The dynamic linker reads LD_PRELOAD when a process starts, so this comes before anything heavy is imported. So does
+    asking PyTorch for huge pages: it looks once, at its first tensor.
     """
+    # For tensors of 2 MiB and more. A step reads every weight once, and with pages of 4 KiB each of those is an
+    # address to be looked up: docs/kernels.md has what it gains.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     loaded = os.environ.get("LD_PRELOAD", "")
     # A second OpenMP runtime or allocator beside the user's own choice would be worse than none.
     has_openmp = any(name in loaded for name in ("libiomp", "libgomp", "libomp"))

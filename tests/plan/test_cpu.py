@@ -375,6 +375,7 @@ def executed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str], str]
     monkeypatch.setattr(os, "execv", lambda path, argv: calls.append((path, argv, os.environ["LD_PRELOAD"])))
     monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "utf8", "-m", "ipex_vllm.worker", "--port", "1"])
     monkeypatch.setenv("LD_PRELOAD", "")
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")  # the user's, which stays
     return calls
 
 
@@ -386,6 +387,24 @@ def test_the_process_starts_again_once_with_the_same_arguments(small_box, execut
     assert executed == [(sys.executable, arguments, f"{machine.tcmalloc}:{machine.iomp}")]
     cpu.apply(machine)  # what the new process does
     assert len(executed) == 1
+
+
+@pytest.mark.skipif(
+    "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(), reason="this kernel has no huge pages"
+)
+def test_large_tensors_are_in_huge_pages():
+    code = (
+        "import sys; sys.orig_argv[1:] = ['-c', sys.argv[1], sys.argv[1]]\n"
+        "from ipex_vllm.machine.facts import MachineFacts\n"
+        "from ipex_vllm.plan import cpu\n"
+        "cpu.apply(MachineFacts.probe())\n"
+        "import torch\n"
+        "weights = torch.ones(64 << 20, dtype=torch.uint8)\n"
+        "rollup = open('/proc/self/smaps_rollup').read().split()\n"
+        "print(int(rollup[rollup.index('AnonHugePages:') + 1]) << 10)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, code], capture_output=True, text=True, timeout=60, check=True)
+    assert int(done.stdout) >= 32 << 20
 
 
 def test_nothing_to_preload_is_no_new_start(small_box, executed):
