@@ -94,8 +94,7 @@ __attribute__((noinline)) void accumulate(const uint8_t *block, const Activation
                 for (int i = line; i < line + lines_per_part; ++i, codes += L::line_bytes) {
                     I weights[2];
                     V::load_codes(codes, slice, weights);
-                    // One row leaves so little to compute that the hardware's own prefetcher keeps up, and better alone.
-                    if constexpr (R > 1) ahead.fetch();
+                    ahead.fetch();
 #pragma GCC unroll 8
                     for (int r = 0; r < R; ++r) {
                         const I quad = V::broadcast(x + r * a.stride + 4 * i);
