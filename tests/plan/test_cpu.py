@@ -295,6 +295,7 @@ def test_a_small_model_runs_eagerly_and_a_large_one_compiled(small_box):
     assert (eager.use_compile, compiled.use_compile) == (False, True)
     assert "eager (10 MiB of weights" in line(eager, "mode")
     assert "torch.compile (" in line(compiled, "mode")
+    assert make_plan(machine, WorkerOptions(), replace(MODEL_1B, weight_bytes=94 << 20)).use_compile  # SmolLM2's file
     for chosen, name in ((True, "--compile"), (False, "--no-compile")):
         for model in (tiny, MODEL_1B):
             plan = make_plan(machine, WorkerOptions(compile=chosen), model)
