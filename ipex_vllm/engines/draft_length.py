@@ -1,9 +1,10 @@
 """How many draft tokens pay in a step of speculative decoding. Standard library only.
 
 A step on a CPU reads all weights and computes a row for each token, so its time is about (FREE_ROWS + rows): a draft
-token is nearly free beside one stream and costs as much as a stream's own token where many fill the arithmetic. It goes
-into the step where it raises the tokens that the step is expected to yield for its time. What a stream's drafts came to
-before tells how likely the next one is.
+token is nearly free beside one stream and costs as much as a stream's own token where many fill the arithmetic. To
+check drafts at all makes a step longer by CHECK_ROWS, however few they are. They go into the step where they raise
+the tokens that it is expected to yield for its time. What a stream's drafts came to before tells how likely the next
+one is.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import heapq
 from collections.abc import Sequence
 
 FREE_ROWS = 10.0  # rows whose arithmetic takes as long as reading the weights
+CHECK_ROWS = 3.0  # rows whose arithmetic takes as long as vLLM's check, for a small model; a large one has it cheaper
 MEMORY = 0.9  # what a tested token still counts for when the next one is learned from
-FORGOTTEN = 0.998  # the same for each token without a draft, so that a stream is tried again
+FORGOTTEN = 0.99  # the same for each token without a draft, so that a stream is tried again
 
 # Of a draft token to be accepted, before the stream had one: a model's; a looked-up one's by its match, the number of
 # tokens before it that are the same where it was found, one, two, and so on.
@@ -71,7 +73,7 @@ def lengths(chances: Sequence[Sequence[float]]) -> list[int]:
     heapq.heapify(waiting)
     while waiting:
         chance, stream = -waiting[0][0], waiting[0][1]
-        if chance * (FREE_ROWS + rows) <= tokens:  # less than the step's tokens for the time of a row
+        if chance * (FREE_ROWS + CHECK_ROWS + rows) <= tokens:  # less than the step's tokens for the time of a row
             break
         granted[stream] += 1
         tokens += chance
@@ -80,7 +82,8 @@ def lengths(chances: Sequence[Sequence[float]]) -> list[int]:
             heapq.heapreplace(waiting, (-chances[stream][granted[stream]], stream))
         else:
             heapq.heappop(waiting)
-    return granted
+    pays = tokens * (FREE_ROWS + len(chances)) > len(chances) * (FREE_ROWS + CHECK_ROWS + rows)
+    return granted if pays else [0] * len(chances)
 
 
 def proposal(chances: Sequence[Sequence[float]], step_cost: float) -> int:
@@ -94,8 +97,10 @@ def proposal(chances: Sequence[Sequence[float]], step_cost: float) -> int:
     best, best_rate = 0, len(chances) / plain
     for length in range(1, max(map(len, chances), default=0) + 1):
         granted = lengths([each[:length] for each in chances])
+        if not any(granted):
+            continue
         tokens = len(chances) + sum(sum(each[:count]) for each, count in zip(chances, granted, strict=True))
-        rate = tokens / (plain * (1 + step_cost * length) + sum(granted))
+        rate = tokens / (plain * (1 + step_cost * length) + CHECK_ROWS + sum(granted))
         if rate > best_rate:
             best, best_rate = length, rate
     return best

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
-LONGEST_MATCH = 8  # tokens; of two places that share more with the end of the text, neither is the better one
+# Tokens. What followed one token is right one time in five, which does not pay; of two places that share more than the
+# longest match with the end of the text, neither is the better one.
+SHORTEST_MATCH, LONGEST_MATCH = 2, 8
 
 
 class TextLookup:
     """The tokens of one stream, prompt and answer."""
 
-    __slots__ = ("_tokens", "length")
+    __slots__ = ("_pairs", "_tokens", "length")
 
     def __init__(self) -> None:
+        self._pairs: set[tuple[int, int]] = set()  # that something follows: most texts have no other match to look for
         self._tokens = np.empty(0, dtype=np.int32)
         self.length = 0
 
     def extend(self, tokens: Sequence[int]) -> None:
+        before = self._tokens[max(self.length - 2, 0) : self.length].tolist()
+        self._pairs.update(pairwise([*before, *tokens][:-1]))
         end = self.length + len(tokens)
         if end > len(self._tokens):
             grown = np.empty(max(end, 2 * len(self._tokens)), dtype=np.int32)
@@ -34,7 +40,7 @@ class TextLookup:
         end of the text, it goes on in itself: a text that repeats itself does so.
         """
         text = self._tokens[: self.length]
-        if self.length < 2 or most < 1:
+        if most < 1 or tuple(text[-SHORTEST_MATCH:].tolist()) not in self._pairs:
             return [], 0
         ends = np.flatnonzero(text[:-1] == text[-1])
         match = 0
@@ -44,7 +50,5 @@ class TextLookup:
                 break
             ends = ends[ends >= match]
             ends = ends[text[ends - match] == text[-1 - match]]
-        if not match:
-            return [], 0
         follow = text[newest + 1 : newest + 1 + most].tolist()
         return [follow[i % len(follow)] for i in range(most)], match

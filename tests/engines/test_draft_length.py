@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from ipex_vllm.engines.draft_length import FREE_ROWS, LOOKUPS_CHANCES, Acceptance, lengths, proposal
+from ipex_vllm.engines.draft_length import CHECK_ROWS, FREE_ROWS, LOOKUPS_CHANCES, Acceptance, lengths, proposal
 
 
 def powers(chance: float, most: int) -> list[float]:
@@ -23,14 +23,14 @@ def test_a_stream_is_drafted_for_longer_as_its_drafts_are_right() -> None:
     assert seen[-1] == 15
 
 
-@pytest.mark.parametrize("match", [1, 3, 8])
+@pytest.mark.parametrize("match", [2, 3, 8])
 def test_a_stream_whose_drafts_are_wrong_costs_little_and_is_tried_again(match: int) -> None:
     acceptance, drafted, last = Acceptance(LOOKUPS_CHANCES), 0, 0
     for position in range(1000):  # something to draft is found for every token
         (length,) = lengths([acceptance.chances(position, 15, match)])
         if length:
             acceptance.learn(length, 0, position, match)
-            drafted, last = drafted + length, position
+            drafted, last = drafted + length + CHECK_ROWS, position
     assert drafted / (FREE_ROWS + 1) < 0.03 * 1000, "rows in vain, in steps: more than 3 %"
     assert last > 500
 
@@ -41,7 +41,7 @@ def test_what_comes_to_be_right_is_found_out() -> None:
         if lengths([acceptance.chances(at, 15)])[0]:
             acceptance.learn(1, 0, at)
     seen = []
-    for _ in range(100):
+    for _ in range(200):
         (length,) = lengths([acceptance.chances(position, 15)])
         if length:
             acceptance.learn(length, length, position)
@@ -66,7 +66,7 @@ def test_a_token_that_follows_right_ones_rests_on_a_longer_match() -> None:
     assert Acceptance((0.2, 0.5, 0.8)).chances(0, 2, match=9) == pytest.approx([0.8, 0.8 * 0.8])
 
 
-@pytest.mark.parametrize(("chance", "most_streams"), [(0.2, 4), (0.5, 16), (0.8, 64)])
+@pytest.mark.parametrize(("chance", "most_streams"), [(0.4, 4), (0.5, 8), (0.7, 16)])
 def test_no_drafts_where_the_streams_fill_the_arithmetic(chance: float, most_streams: int) -> None:
     assert lengths([powers(chance, 4)])[0] > 0
     assert not any(lengths([powers(chance, 4)] * most_streams))
@@ -87,7 +87,7 @@ def test_the_lengths_are_the_best_of_all() -> None:
 
         def rate(counts: tuple[int, ...], chances: list[list[float]] = chances) -> float:
             tokens = sum(1 + sum(each[:count]) for each, count in zip(chances, counts, strict=True))
-            return tokens / (FREE_ROWS + 3 + sum(counts))
+            return tokens / (FREE_ROWS + 3 + sum(counts) + (CHECK_ROWS if any(counts) else 0))
 
         assert rate(tuple(lengths(chances))) == pytest.approx(max(map(rate, every)))
 
