@@ -57,7 +57,8 @@ void multiply_groups(const int8_t *x, int64_t stride, const uint8_t *const *code
 
 template <class V, class L, int R>
 __attribute__((noinline)) void add_groups(const uint8_t *block, const GroupTerms *terms, int64_t row_terms, int groups,
-                                          const Sums &sums, int first_row, Ahead &ahead, int fetches, float *totals) {
+                                          const Sums &sums, int first_row, Ahead<true> &ahead, int fetches,
+                                          float *totals) {
     constexpr int column[2] = {0, kTileOutputs / 2}, steps = L::group / L::step;
     typename V::F total[R][2];
 #pragma GCC unroll 8
@@ -105,7 +106,7 @@ void multiply_tile_amx(const Matrix &w, const Activations &a, const Output &out,
             if constexpr (L::bits == 4) V::unpack(packed, L::step / 4, bytes + i * L::step * kTileOutputs);
         }
         asm volatile("" ::: "memory"); // GCC does not know that tiles read memory
-        Ahead ahead{block + blocks * L::block_bytes, 64};
+        Ahead<true> ahead{block + blocks * L::block_bytes, 64};
         for_row_blocks(begin, end, row_blocks, [&](int64_t row, int64_t rows) {
             for (int g = 0; g < blocks * steps; g += kChunkGroups) {
                 const int groups = blocks * steps - g < kChunkGroups ? blocks * steps - g : kChunkGroups;

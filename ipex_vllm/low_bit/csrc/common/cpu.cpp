@@ -19,6 +19,11 @@ bool may_use_amx() {
 
 } // namespace
 
+bool is_intel() {
+    static const bool is = __builtin_cpu_is("intel");
+    return is;
+}
+
 Isa best_isa(bool with_amx) {
     // AVX2 machines without FMA or F16C (VIA, some virtual CPU models) exist; AVX-512 ones do not.
     if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&

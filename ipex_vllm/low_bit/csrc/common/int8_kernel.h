@@ -59,9 +59,9 @@ inline __attribute__((always_inline)) void add_group(const typename V::I (&dot)[
 
 // totals[r, :] += the products over `blocks` blocks, for R rows and one slice of the tile's outputs: V::lanes of the
 // first half and as many of the second.
-template <class V, class L, int R>
+template <class V, class L, int R, bool IsIntel>
 __attribute__((noinline)) void accumulate(const uint8_t *block, const Activations &a, int64_t row, int64_t first_block, int64_t blocks, int slice,
-                Ahead &ahead, float *totals) {
+                Ahead<IsIntel> &ahead, float *totals) {
     using I = typename V::I;
     constexpr int steps = L::group / L::step, lines = L::step / 4, lines_per_part = 8;
     const int column[2] = {slice * V::lanes, kTileOutputs / 2 + slice * V::lanes};
@@ -94,7 +94,8 @@ __attribute__((noinline)) void accumulate(const uint8_t *block, const Activation
                 for (int i = line; i < line + lines_per_part; ++i, codes += L::line_bytes) {
                     I weights[2];
                     V::load_codes(codes, slice, weights);
-                    ahead.fetch();
+                    // One row leaves so little to compute that AMD's own prefetcher keeps up, and better alone.
+                    if constexpr (R > 1 || IsIntel) ahead.fetch();
 #pragma GCC unroll 8
                     for (int r = 0; r < R; ++r) {
                         const I quad = V::broadcast(x + r * a.stride + 4 * i);
@@ -118,7 +119,7 @@ __attribute__((noinline)) void accumulate(const uint8_t *block, const Activation
 
 // The tile's sums for rows [begin, end). A stretch of the weights that fits the first-level cache is used for all
 // rows before the next one is read, so that the weights come from memory once.
-template <class V, class L>
+template <class V, class L, bool IsIntel>
 void accumulate_tile(const Matrix &w, const Activations &a, int64_t tile, int64_t begin, int64_t end, float *totals) {
     const int64_t row_blocks = (end - begin + V::max_rows - 1) / V::max_rows;
     const int64_t stretch = row_blocks == 1 ? w.blocks : L::stretch_blocks;
@@ -128,11 +129,11 @@ void accumulate_tile(const Matrix &w, const Activations &a, int64_t tile, int64_
         const int64_t blocks = w.blocks - b < stretch ? w.blocks - b : stretch;
         const uint8_t *block = first + b * L::block_bytes;
         const int64_t distance = row_blocks == 1 ? kPrefetchBytes : blocks * L::block_bytes;
-        Ahead ahead{block + distance, (L::block_bytes + fetches - 1) / fetches};
+        Ahead<IsIntel> ahead{block + distance, (L::block_bytes + fetches - 1) / fetches};
         for_row_blocks(begin, end, row_blocks, [&](int64_t row, int64_t rows) {
             with_constant<V::max_rows>(rows, [&](auto R) {
                 for (int slice = 0; slice < V::slices; ++slice)
-                    accumulate<V, L, R>(block, a, row, b, blocks, slice, ahead, totals + (row - begin) * kTileOutputs);
+                    accumulate<V, L, R, IsIntel>(block, a, row, b, blocks, slice, ahead, totals + (row - begin) * kTileOutputs);
             });
         });
     }
@@ -152,7 +153,7 @@ template <class V, class L>
 void multiply_tile(const Matrix &w, const Activations &a, const Output &out, int64_t tile, int64_t begin, int64_t end) {
     alignas(64) float totals[kMaxTaskRows * kTileOutputs];
     std::memset(totals, 0, (end - begin) * kTileOutputs * sizeof(float));
-    accumulate_tile<V, L>(w, a, tile, begin, end, totals);
+    (is_intel() ? accumulate_tile<V, L, true> : accumulate_tile<V, L, false>)(w, a, tile, begin, end, totals);
     write_totals<V, L>(w, out, tile, begin, end, totals);
 }
 

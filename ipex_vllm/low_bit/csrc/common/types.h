@@ -9,6 +9,8 @@ constexpr int kTileOutputs = 32;   // outputs in one tile of packed weights
 constexpr int kMaxTaskRows = 128;  // rows in one task: their sums stay in the first- or second-level cache
 constexpr int kPrefetchBytes = 4096; // how far ahead a tile is fetched when it is used only once
 
+bool is_intel(); // whether this CPU is one of Intel's
+
 enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 inline int64_t element_bytes(DType dtype) { return dtype == kFloat32 ? 4 : 2; }

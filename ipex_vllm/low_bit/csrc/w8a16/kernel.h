@@ -12,7 +12,7 @@ namespace {
 // V::parts sums, side by side.
 template <class V, Format E, int R>
 void accumulate(const uint8_t *line, int64_t count, const typename V::Value *x, int64_t stride, int slice,
-                common::Ahead &ahead, float *totals) {
+                common::Ahead<false> &ahead, float *totals) {
     constexpr int row_totals = V::parts * kTileOutputs;
     totals += slice * V::vectors * V::lanes;
     typename V::F total[R][V::vectors];
@@ -50,7 +50,7 @@ void accumulate_group(const Weights &w, const Activations &a, int64_t tile, int6
     for (int64_t i = 0; i < w.lines(); i += step) {
         const int64_t count = w.lines() - i < step ? w.lines() - i : step;
         const uint8_t *line = w.block(tile, group) + kScalesBytes + i * kLineBytes;
-        common::Ahead ahead{line + (passes == 1 ? common::kPrefetchBytes : count * kLineBytes),
+        common::Ahead<false> ahead{line + (passes == 1 ? common::kPrefetchBytes : count * kLineBytes),
                             (kLineBytes + passes - 1) / passes};
         common::for_row_blocks(begin, end, row_blocks, [&](int64_t row, int64_t rows) {
             common::with_constant<V::max_rows>(rows, [&](auto R) {
