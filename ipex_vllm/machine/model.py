@@ -26,6 +26,7 @@ class ModelFacts:
         is_tied: the output head is the embedding.
         model_type: the configuration's name of the architecture.
         is_gated_linear: some layers are linear attention of the gated delta kind (Qwen3-Next, Qwen3.5).
+        dtype: what the configuration says that it computes in, by PyTorch's name.
         quantization: what the quantized weights are, where the configuration says it in words.
         draft: the model that drafts for this one, whose cache is in `kv_cache`, too.
         num_hosts: the sizes above are for one of so many hosts, `tensors` is for all.
@@ -40,6 +41,7 @@ class ModelFacts:
     is_tied: bool = False
     model_type: str | None = None
     is_gated_linear: bool = False
+    dtype: str | None = None
     quantization: str = ""
     draft: ModelFacts | None = None
     num_hosts: int = field(default=1, compare=False)
@@ -62,6 +64,7 @@ class ModelFacts:
             weight_bytes=sum(file.stat().st_size for file in files) or None,
             embedding_bytes=2 * (number(text, "vocab_size") or 0) * (number(text, "hidden_size") or 0),
             is_quantized=text.get("quantization_config") is not None,
+            dtype=text.get("dtype") or text.get("torch_dtype"),  # Transformers 5 and before
             quantization=str((text.get("quantization_config") or {}).get("summary", "")),
             kv_cache=read_kv_cache(text),
             max_position=number(text, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length"),

@@ -17,23 +17,27 @@ from ipex_vllm.errors import EngineError, OptionError
 from ipex_vllm.machine.facts import GIB, MachineFacts
 from ipex_vllm.machine.model import ModelFacts
 from ipex_vllm.options import WorkerOptions
-from ipex_vllm.plan.plan import Demands, Plan, context_line, fitted_context, shortened, wanted_context, weight_bytes
+from ipex_vllm.plan.cpu_weights import choose_bf16, choose_weights
+from ipex_vllm.plan.plan import (
+    PROCESS_MEMORY_BYTES,
+    Demands,
+    Plan,
+    context_line,
+    fitted_context,
+    shortened,
+    wanted_context,
+    weight_bytes,
+)
 
 # From this many cores a node spares one for the HTTP server and the scheduler. On fewer, the lost core costs more
 # than sharing does: on 2 cores, half of the arithmetic.
 MIN_CORES_TO_RESERVE_ONE = 8
 
-# Interpreter, libraries and activations of the server and engine processes, beyond weights and KV cache.
-PROCESS_MEMORY_BYTES = int(2.0 * GIB)
 KV_CACHE_SHARE = 0.4  # of what is free after the weights; the rest is left to other programs and the page cache
 KV_CACHE_MAX_SEQUENCES = 256  # vLLM's own limit on sequences in a batch; more cache than they fill is of no use
 KV_CACHE_DEFAULT_BYTES = 4 * GIB  # for a model whose size is not known before it is fetched
 
-# Without these, oneDNN takes bf16 apart in software. Weights 5632x2048 on 2 such cores (Ice Lake, 2.8 GHz), bf16
-# against float32: 0.9 and 2.1 ms for one row, but 8.8 and 3.5 ms for 16, and 92 and 24 ms for 256.
-BF16_ISA = ("avx512_bf16", "amx_bf16")
 MAMBA_1 = ("mamba", "falcon_mamba", "jamba")
-FLOAT32_MEMORY_SHARE = 0.7  # of the free memory, the most that weights of twice the size may take
 
 # Compiling takes up to a minute at the first start, which a toy does not earn back. SmolLM2's own file, 94 MiB of four
 # bits, does: it is served 1.5 times as fast (docs/checkpoints.md).
@@ -90,40 +94,10 @@ def choose(machine: MachineFacts, options: WorkerOptions, model: ModelFacts, dem
         options = choose_bf16(options, model, demands)
     if demands.dtype is not None:
         return make_plan(machine, options, model, demands)
-    options, line = choose_weights(machine, options, model)
+    rank_cores, _ = _choose_cores(machine, options.cores, demands.num_ranks)
+    options, line = choose_weights(machine, rank_cores[0], options, model)
     plan = make_plan(machine, options, model, demands)
     return replace(plan, lines=(line, *plan.lines))
-
-
-def choose_bf16(options: WorkerOptions, model: ModelFacts, demands: Demands) -> WorkerOptions:
-    """Return `options` for a model that computes in nothing else; raises OptionError where they ask for it."""
-    for flag, value in (("--dtype", demands.dtype), ("--low-bit", options.low_bit)):
-        if value in ("float32", "float16", "fp32", "fp16"):
-            raise OptionError(
-                f"{flag} {value}: on a CPU the model's gated linear attention is computed in bf16 alone; leave it out"
-            )
-    has_own_format = options.low_bit is not None or model.is_quantized
-    return options if has_own_format else replace(options, low_bit="bf16")
-
-
-def choose_weights(machine: MachineFacts, options: WorkerOptions, model: ModelFacts) -> tuple[WorkerOptions, str]:
-    """Return `options` with a weight format, where the user chose none and the machine makes one better; and why."""
-    if model.is_gated_linear and options.low_bit == "bf16":
-        return options, "weights: bf16 (in which alone vLLM computes gated linear attention on a CPU)"
-    if options.low_bit is not None:
-        return options, f"weights: {options.low_bit} (chosen with --low-bit)"
-    if model.is_quantized:
-        what = f" ({model.quantization})" if model.quantization else ""
-        return options, f"weights: as they are in the checkpoint, which is quantized{what}"
-    if any(flag in machine.isa for flag in BF16_ISA):
-        return options, "weights: the checkpoint's own dtype (this CPU computes in bf16)"
-    wanted = 2 * (model.weight_bytes or machine.memory_available) + PROCESS_MEMORY_BYTES
-    if wanted > machine.memory_available * FLOAT32_MEMORY_SHARE:
-        return options, "weights: the checkpoint's own dtype (float32 would be faster on this CPU, but takes too much)"
-    return replace(options, low_bit="fp32"), (
-        "weights: float32 (this CPU has no bf16 instructions: twice the memory, but faster from a few streams on; "
-        "--low-bit bf16 keeps 16 bits, sym_int8 and sym_int4 take less)"
-    )
 
 
 def make_plan(machine: MachineFacts, options: WorkerOptions, model: ModelFacts, demands: Demands) -> Plan:

@@ -17,6 +17,9 @@ from ipex_vllm.options import Device, Speculative, WorkerOptions
 DEFAULT_CONTEXT_LENGTH = 2048  # vLLM's, for a model that tells none
 MIN_FITTED_CONTEXT = 256  # tokens; a context that was shortened to less than this is of no use
 
+# Interpreter, libraries and activations of the server and engine processes, beyond weights and KV cache.
+PROCESS_MEMORY_BYTES = int(2.0 * GIB)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Demands:

@@ -25,6 +25,12 @@ def test_a_model_may_state_its_head_size_and_share_no_heads(tmp_path):
     assert facts.is_quantized
 
 
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_a_model_tells_its_dtype_by_the_name_of_its_transformers(tmp_path, name):
+    parts = {"text_config": {**LLAMA_1B, name: "float16"}, name: "bfloat16"}
+    assert ModelFacts.read(write_model(tmp_path, parts)).dtype == "float16"
+
+
 def test_a_quantization_of_nothing_is_none(tmp_path):
     assert not ModelFacts.read(write_model(tmp_path, {**LLAMA_1B, "quantization_config": None})).is_quantized
 

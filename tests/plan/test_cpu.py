@@ -18,7 +18,6 @@ from ipex_vllm.machine.kv_cache import KvCache
 from ipex_vllm.machine.model import ModelFacts
 from ipex_vllm.options import WorkerOptions
 from ipex_vllm.plan import cpu
-from ipex_vllm.plan.cpu import choose_weights
 from ipex_vllm.plan.plan import Demands, Plan, weight_bytes
 from tests.machines import LLAMA_1B, FakeRoot, cores, write_model
 
@@ -504,22 +503,3 @@ def test_gated_linear_attention_is_computed_in_bf16_also_where_float32_would_be_
 def test_a_model_whose_operator_does_not_exist_is_told_before_anything_loads(small_box, model_type):
     with pytest.raises(EngineError, match=r"for GPUs alone\. Models of Mamba 2 run"):
         cpu.choose(small_box.probe(), WorkerOptions(), replace(MODEL_1B, model_type=model_type), Demands())
-
-
-def test_without_bf16_instructions_float32_is_chosen_where_it_fits(small_box):
-    machine = replace(small_box.probe(), isa=("avx2", "avx512f", "avx512_vnni"), memory_available=16 * GIB)
-    model = replace(MODEL_1B, weight_bytes=2 * GIB)
-
-    def weights(machine=machine, model=model, **options):
-        chosen, line = choose_weights(machine, WorkerOptions(**options), model)
-        assert line.startswith("weights: ")
-        assert "(" in line or "quantized" in line, "a reason"
-        return chosen.low_bit
-
-    assert weights() == "fp32"
-    assert weights(low_bit="bf16") == "bf16"
-    assert weights(low_bit="sym_int4") == "sym_int4"
-    assert weights(machine=replace(machine, isa=("avx512f", "avx512_bf16"))) is None
-    assert weights(machine=replace(machine, memory_available=6 * GIB)) is None
-    assert weights(model=replace(model, is_quantized=True)) is None
-    assert weights(model=replace(model, weight_bytes=None)) is None, "its size is not known before it is fetched"

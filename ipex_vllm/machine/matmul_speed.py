@@ -1,0 +1,128 @@
+"""How fast this machine multiplies in 16 bits and in float32: measured, since its CPU flags do not tell.
+
+One processor with AVX-512 BF16 computes in float32 at twice its speed in bfloat16, another with AMX at a fifth of it,
+and how much of that is left for a few rows depends on its memory. PyTorch is imported in a process of its own, so that
+what asks here needs none; what was measured is kept for the next start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ipex_vllm.machine.facts import MachineFacts, user_cache
+
+OUTPUTS, INPUTS = 5632, 2048  # of the layer: a 1.1 B model's largest
+ROWS = (1, 16, 256)  # decoding at 1 and at 16 streams, and a prompt
+DTYPES = ("bfloat16", "float16", "float32")
+CALLS, CALLS_S = 3, 0.05  # so many for each dtype and number of rows, but no more once they took so many seconds
+CACHE_BYTES = 256 << 20  # more than most CPUs have: a step finds no weight in it, since it read all others before
+TIMEOUT_S = 30.0
+
+# What else decides how fast oneDNN computes: a user may have told it to use less than the CPU has.
+VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+
+
+@dataclass(frozen=True)
+class MatmulTimes:
+    """Seconds of a layer's matmul by dtype, for as many rows each as ROWS has."""
+
+    seconds: Mapping[str, Sequence[float]]
+
+    def describe(self, dtypes: Iterable[str]) -> str:
+        """The times in words."""
+        times = (f"{dtype} {', '.join(f'{1e3 * each:.2g}' for each in self.seconds[dtype])}" for dtype in dtypes)
+        return f"ms for {', '.join(map(str, ROWS))} rows of a {OUTPUTS}x{INPUTS} layer: {'; '.join(times)}"
+
+
+def matmul_times(machine: MachineFacts, cores: Sequence[int]) -> MatmulTimes | None:
+    """The times on the logical CPUs `cores`, as an earlier start kept them or measured now; None if neither can be."""
+    try:
+        path = kept_path(machine, len(cores))
+    except metadata.PackageNotFoundError:
+        return None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return read(path.read_text())
+    command = [sys.executable, "-m", __name__, *map(str, cores)]
+    try:
+        # One thread for each core: OpenMP reads this when it is loaded.
+        environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
+        times = read(done.stdout)
+    except (OSError, ValueError, KeyError, TypeError, subprocess.SubprocessError):
+        return None
+    with contextlib.suppress(OSError):  # where nothing can be written, each start measures
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(f".{os.getpid()}")
+        draft.write_text(done.stdout)
+        draft.replace(path)
+    return times
+
+
+def kept_path(machine: MachineFacts, num_cores: int) -> Path:
+    """Where the times of this machine, PyTorch and number of cores are kept. Raises PackageNotFoundError."""
+    set_variables = [os.environ.get(name) for name in VARIABLES]
+    facts = (machine.name, machine.isa, num_cores, metadata.version("torch"), set_variables, OUTPUTS, INPUTS, ROWS)
+    return user_cache() / f"matmul-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.json"
+
+
+def read(text: str) -> MatmulTimes:
+    """The times that this module prints when it runs. Raises ValueError, KeyError and TypeError for another text."""
+    found = json.loads(text)
+    seconds = {dtype: tuple(map(float, found[dtype])) for dtype in DTYPES}
+    if any(len(times) != len(ROWS) or min(times) <= 0 for times in seconds.values()):
+        raise ValueError(f"not as many times as {ROWS} has: {text}")
+    return MatmulTimes(seconds)
+
+
+def measure() -> dict[str, list[float]]:
+    """Seconds by dtype, with PyTorch's threads as they are: takes half a second, more on a slow machine."""
+    import torch
+
+    times: dict[str, list[float]] = {}
+    with torch.inference_mode():
+        others = torch.ones(CACHE_BYTES // 4)
+        for name in DTYPES:
+            weight = torch.ones(OUTPUTS, INPUTS, dtype=getattr(torch, name))
+            times[name] = [layer_time(weight, rows, others) for rows in ROWS]
+    return times
+
+
+def layer_time(weight: Any, rows: int, others: Any) -> float:
+    """Seconds of a matmul with `weight` [out, in] read from memory, at best; `others` takes its place in the caches.
+
+    By oneDNN with the weight packed, as vLLM multiplies, where it takes the dtype; `F.linear` in float32 is MKL's.
+    """
+    import torch
+
+    x = torch.ones(rows, INPUTS, dtype=weight.dtype)
+    multiply: Callable[[], object]
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        multiply = partial(torch.ops.mkldnn._linear_pointwise, x, packed, None, "none", [], "")
+    except RuntimeError:
+        multiply = partial(torch.nn.functional.linear, x, weight)
+    multiply()  # oneDNN makes its code
+    seconds: list[float] = []
+    while len(seconds) < CALLS and sum(seconds) < CALLS_S:
+        others.add_(1)
+        begin = time.perf_counter()
+        multiply()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
+
+
+if __name__ == "__main__":
+    os.sched_setaffinity(0, set(map(int, sys.argv[1:])))
+    print(json.dumps(measure()))

@@ -1,0 +1,123 @@
+"""What a processor computes in: decided by what its matmuls take. Times in seconds for 1, 16 and 256 rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from ipex_vllm.machine import matmul_speed
+from ipex_vllm.machine.facts import GIB, MachineFacts
+from ipex_vllm.machine.kv_cache import KvCache
+from ipex_vllm.machine.matmul_speed import MatmulTimes
+from ipex_vllm.machine.model import ModelFacts
+from ipex_vllm.options import WorkerOptions
+from ipex_vllm.plan import cpu, cpu_weights
+from ipex_vllm.plan.cpu_weights import choose_weights, request_time
+from ipex_vllm.plan.plan import Demands
+
+MODEL = ModelFacts(2 * GIB, 131_072_000, False, KvCache(22_528), 2048)
+
+# Of 2 cores of an Intel Xeon with AMX, and of what oneDNN does there without it: with AVX-512 BF16, and without.
+AMX = {"bfloat16": (1.1e-3, 1.1e-3, 4.1e-3), "float16": (1e-3, 2e-3, 17e-3), "float32": (1.8e-3, 2.9e-3, 18e-3)}
+BF16 = {"bfloat16": (1.1e-3, 2.4e-3, 28e-3), "float16": (1e-3, 2e-3, 17e-3), "float32": (1.8e-3, 2.9e-3, 19e-3)}
+VNNI = {"bfloat16": (1e-3, 9.2e-3, 85e-3), "float16": (1.7e-3, 15e-3, 247e-3), "float32": (1.8e-3, 2.9e-3, 18e-3)}
+
+
+@pytest.fixture
+def measured(monkeypatch, small_box):
+    """Chooses for a machine that takes these times: the format, and the line that tells."""
+
+    def choose(times, model=MODEL, memory=16 * GIB, **options):
+        found = None if times is None else MatmulTimes(times)
+        monkeypatch.setattr(cpu_weights, "matmul_times", lambda machine, cores: found)
+        machine = replace(small_box.probe(), memory_available=memory)
+        chosen, line = choose_weights(machine, (0, 1), WorkerOptions(**options), model)
+        assert line.startswith("weights: ")
+        return chosen.low_bit, line
+
+    return choose
+
+
+def test_the_faster_of_16_bits_and_float32_is_chosen_and_the_line_has_both_times(measured):
+    assert measured(AMX) == (
+        None,
+        "weights: the checkpoint's own dtype (ms for 1, 16, 256 rows of a 5632x2048 layer: bfloat16 1.1, 1.1, 4.1; "
+        "float32 1.8, 2.9, 18)",
+    )
+    assert measured(VNNI) == (
+        "fp32",
+        "weights: float32, 1.8 times as fast as bfloat16 (ms for 1, 16, 256 rows of a 5632x2048 layer: bfloat16 1, "
+        "9.2, 85; float32 1.8, 2.9, 18; --low-bit bf16 keeps the checkpoint's own, sym_int8 and sym_int4 take less "
+        "memory)",
+    )
+
+
+def test_decoding_and_prompts_are_weighed_where_they_disagree(measured):
+    """AVX-512 BF16 without AMX: float32 is half as fast again at prompts, and no reason for twice the memory."""
+    prompts = BF16["bfloat16"][2] / BF16["float32"][2]
+    assert prompts > cpu_weights.LEAST_GAIN
+    times = MatmulTimes(BF16)
+    # The prompt's 28 ms and 128 tokens of 1.1, or of a sixteenth of 2.4: 168.8 and 47.2 ms.
+    assert request_time(times, "bfloat16") == pytest.approx((168.8e-3 * 47.2e-3) ** 0.5)
+    assert request_time(times, "bfloat16") < request_time(times, "float32")
+    assert measured(BF16)[0] is None
+    slow_at_all_rows = {**BF16, "bfloat16": (1.8e-3, 9e-3, 60e-3)}
+    assert measured(slow_at_all_rows)[0] == "fp32"
+
+
+def test_float16_is_left_where_it_is_slow(measured):
+    """AMX multiplies bfloat16; without AMX-FP16 a checkpoint in float16 would be computed like float32."""
+    in_float16 = replace(MODEL, dtype="float16")
+    chosen, line = measured(AMX, in_float16)
+    assert chosen == "bf16"
+    assert line.startswith("weights: bfloat16, 1.6 times as fast as float16 (")
+    assert "--low-bit fp16 keeps the checkpoint's own" in line
+    assert measured(AMX, in_float16, memory=5 * GIB)[0] == "bf16", "which takes no more memory"
+    assert measured(VNNI, in_float16)[0] == "fp32"
+    assert measured({**AMX, "float16": AMX["bfloat16"]}, in_float16)[0] is None
+
+
+def test_what_is_decided_already_is_not_measured(measured):
+    def told(*arguments, **options):
+        return measured(VNNI, *arguments, **options)[0]
+
+    assert told(low_bit="bf16") == "bf16"
+    assert told(low_bit="sym_int4") == "sym_int4"
+    assert told(replace(MODEL, is_quantized=True)) is None
+    assert told(memory=6 * GIB) is None, "float32 would not fit"
+    assert told(replace(MODEL, dtype="float32"), memory=6 * GIB) == "fp32", "of the size that the files have"
+    assert told(replace(MODEL, weight_bytes=None)) is None, "its size is not known before it is fetched"
+    assert told(MODEL.share_of(2)) is None, "other hosts might measure something else"
+    assert measured(None) == (
+        None,
+        "weights: the checkpoint's own dtype (PyTorch's speed could not be measured)",
+    )
+
+
+def test_the_cores_that_compute_are_measured(dual_xeon, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cpu_weights, "matmul_times", lambda machine, cores: asked.append(cores))
+    cpu.choose(dual_xeon.probe(), WorkerOptions(), MODEL, Demands(num_ranks=2))
+    cpu.choose(dual_xeon.probe(), WorkerOptions(), MODEL, Demands(dtype="bfloat16"))
+    assert asked == [tuple(range(31))], "and nothing where the user named a dtype"
+
+
+def test_this_machine_is_measured_once(monkeypatch, tmp_path):
+    """In a process with PyTorch, whose threads are on the cores; the next start reads what was kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    machine = MachineFacts.probe()
+    cores = [machine.cpus[0].id]
+    times = matmul_speed.matmul_times(machine, cores)
+    assert times is not None
+    for seconds in times.seconds.values():
+        assert 0 < seconds[0] < seconds[2], "256 rows take longer than one"
+    (kept,) = (tmp_path / "ipex-vllm").iterdir()
+    monkeypatch.setattr(matmul_speed.sys, "executable", "/no/python")
+    assert matmul_speed.matmul_times(machine, cores) == times
+    assert matmul_speed.matmul_times(replace(machine, name="another"), cores) is None, "nothing of it is kept"
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert matmul_speed.matmul_times(machine, cores) is None
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    kept.write_text('{"bfloat16": [1, 2]}')
+    assert matmul_speed.matmul_times(machine, cores) is None, "half a file is no measurement"
