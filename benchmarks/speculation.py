@@ -96,7 +96,7 @@ def main() -> int:
     )
     parser.add_argument("--work", default=",".join(WORK), help="kinds of work (default: %(default)s)")
     parser.add_argument("--streams", default="1,4,16", help="loads (default: %(default)s)")
-    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--pairs", type=two_or_more, default=10, help="of runs (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=64, help="output tokens of a request (default: %(default)s)")
     options = parser.parse_args()
     flags = ["--model-path", options.model_path, *shlex.split(options.worker)]
@@ -173,6 +173,14 @@ async def compare(engines: Sequence[Engine], work: str, streams: int, options: a
         accepted / max(drafted, 1),
         drafted / (options.pairs * streams * options.tokens),
     )
+
+
+def two_or_more(text: str) -> int:
+    """An interval needs two pairs. Raises ValueError."""
+    number = int(text)
+    if number < 2:
+        raise ValueError
+    return number
 
 
 async def generate(engine: Engine, work: Work, number: int, tokens: int) -> tuple[int, int]:

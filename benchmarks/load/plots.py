@@ -165,3 +165,16 @@ def throughput_bars(
     axes[0][0].invert_yaxis()
     figure.suptitle("output tokens/s (bar) and the roofline (tick)", fontsize=10)
     _save(figure, path)
+
+
+def gain_by_acceptance(curves: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> None:
+    """Speed with drafts to without against the share of accepted ones: a curve for each length of drafts."""
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, points in curves.items():
+        axis.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=name)
+    axis.axhline(1, color="0.6", linewidth=1)
+    axis.set(xlabel="share of draft tokens that were accepted", ylabel="tokens per second, to those without drafts")
+    axis.set(xlim=(0, 1.02), ylim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend(title="draft length", fontsize="small")
+    _save(figure, path)
