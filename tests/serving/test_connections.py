@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import socket
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from ipex_vllm.serving.connections import raise_descriptor_limit
+from ipex_vllm.ports import bind
+from ipex_vllm.serving.connections import ListeningSocket, raise_descriptor_limit
 from tests.processes import ROOT, Program
 from tests.support import free_port, split_frames
 
@@ -36,6 +38,21 @@ def test_the_soft_limit_becomes_what_the_slots_need_and_what_cannot_be_is_said(l
     raise_descriptor_limit(hard)
     assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
     assert f"{hard} requests that run or wait need {hard + 320}, and this process may have {hard}" in caplog.text
+
+
+async def test_what_is_written_to_a_client_is_sent_at_once():
+    accepted = asyncio.get_running_loop().create_future()
+
+    async def note(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = writer.get_extra_info("socket")
+        accepted.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    port = free_port()
+    async with await asyncio.start_server(note, sock=ListeningSocket(bind("127.0.0.1", port))):
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        assert await accepted
+        writer.close()
 
 
 async def ask(port: int, opened: asyncio.Barrier) -> str:
