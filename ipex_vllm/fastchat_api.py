@@ -45,11 +45,13 @@ from ipex_vllm.options import (
 from ipex_vllm.serving.core import Tally
 from ipex_vllm.serving.events import Answer, error_event, error_response
 from ipex_vllm.serving.http_server import ClientProtocol, is_ours
+from ipex_vllm.serving.large_bodies import LargeBodies
 
 logger = logging.getLogger("ipex_vllm.fastchat_api")  # __name__ is "__main__"
 
 MODULE = "fastchat.serve.openai_api_server"
 MAX_BODY_BYTES = 16 << 20
+LARGE_BODY_BYTES_PER_S = 16 << 20
 
 
 def json_as_in_pydantic_1(self: BaseModel, *, ensure_ascii: bool = False, **options: Any) -> str:
@@ -66,7 +68,11 @@ def main() -> None:
 
     def run_guarded(app: FastAPI, **options: Any) -> None:
         # The innermost: refusals have CORS headers too.
-        app.user_middleware += [Middleware(Guard), Middleware(Retry, controller_url=controller_url)]
+        app.user_middleware += [
+            Middleware(LargeBodies, bytes_per_s=LARGE_BODY_BYTES_PER_S),
+            Middleware(Guard),
+            Middleware(Retry, controller_url=controller_url),
+        ]
         app.add_exception_handler(RequestValidationError, on_wrong_field)
         logging.getLogger("uvicorn.error").addFilter(is_ours)
         protocol: Any = partial(ClientProtocol, tally=Tally(), timeout_s=own.client_timeout)

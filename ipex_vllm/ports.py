@@ -48,8 +48,8 @@ def http_url(host: str, port: int) -> str:
 
 
 def _bound(family: int, host: str, port: int, is_shared: bool) -> socket.socket:
-    # With its protocol, by which asyncio knows connections whose every write is to be sent at once (TCP_NODELAY). Without
-    # that the second part of an answer waits for the first one's acknowledgement, which clients delay by 40 ms.
+    # With its protocol, by which asyncio knows connections of which every write is to be sent at once (TCP_NODELAY);
+    # else the second part of an answer waits for the first one's acknowledgement, which clients delay by 40 ms.
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(is_shared))

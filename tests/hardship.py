@@ -4,7 +4,8 @@
 
 Fair clients send small requests one after the other, first alone and then, for `--minutes`, beside `--hostile` others:
 readers that are slow or never read, prompts of 15 MiB, clients that leave, and requests that are wrong. Those are in a
-process of their own, or the fair ones would wait for prompts of 15 MiB to be written. Each goes by turns to the
+process of their own, or the fair ones would wait for prompts of 15 MiB to be written, and one that takes only what the
+others leave of the machine (`os.nice`), where clients are not. Each goes by turns to the
 worker's FastChat endpoint, to its /v1, and to FastChat's API server. Printed are the time to the first token that the
 fair ones saw, what the worker counted beside what its clients saw, what is left behind (slots, KV cache), and whether
 memory and descriptors of each process grow (tests/watch.py).
@@ -18,6 +19,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import os
 import random
 import re
 import socket
@@ -37,9 +39,11 @@ from tests.fuzz import WORKER_PATHS
 from tests.watch import Watch
 
 SAMPLE_INTERVAL_S = 2.0
+LEAST_PRIORITY = 19
 LARGE_PROMPT = "large " * (15 * (1 << 20) // 6)
 WRONG = [{"prompt": None}, {"prompt": "p", "n": 65}, {"stop": ["s"] * 1000, "prompt": "p"}, [], {"prompt": "\ud800"}]
 Kind = Callable[["Door"], Awaitable[None]]
+HOSTILE_KINDS = ("slow", "large", "leaving", "wrong", "stalled")
 REFUSED_STATUSES = {400: 40302, 404: 40301, 429: 42903}
 
 
@@ -198,8 +202,9 @@ def hostile_outcomes(options: argparse.Namespace) -> tuple[Counter[str], Counter
     """What the hostile clients saw, and which connections they lost, in as many minutes as `options` has."""
 
     async def run() -> Clients:
+        os.nice(LEAST_PRIORITY)
         clients = Clients(options)
-        kinds = (clients.slow, clients.large, clients.leaving, clients.wrong, clients.stalled)
+        kinds: list[Kind] = [getattr(clients, name) for name in options.kinds]
         until = time.monotonic() + 60 * options.minutes
         await clients.repeat(itertools.islice(itertools.cycle(kinds), options.hostile), until, options.pause)
         return clients
@@ -279,6 +284,7 @@ def main() -> None:
     parser.add_argument("--calm-minutes", type=float, default=1.0)
     parser.add_argument("--fair", type=int, default=4, help="clients")
     parser.add_argument("--hostile", type=int, default=40, help="clients; ten times the slots is an overload")
+    parser.add_argument("--kinds", nargs="+", choices=HOSTILE_KINDS, default=HOSTILE_KINDS, help="of hostile clients")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds between two requests of a client, on average")
     parser.add_argument("--client-timeout", type=float, default=5.0, help="the worker's, in seconds")
     parser.add_argument("--plot", type=Path, help="write memory and descriptors over time there")

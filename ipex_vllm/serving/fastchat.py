@@ -26,6 +26,7 @@ from ipex_vllm.engines.generation import ContextOverflow, Generation, InvalidPar
 from ipex_vllm.serving.connections import ConnectionLimit
 from ipex_vllm.serving.conversation import ChatFormat
 from ipex_vllm.serving.core import Core, Tally, bug_error
+from ipex_vllm.serving.large_bodies import LargeBodies
 from ipex_vllm.serving.metrics import exposition
 from ipex_vllm.serving.openai import OpenAIServer, request_id
 from ipex_vllm.serving.protocol import (
@@ -48,6 +49,7 @@ Result = TypeVar("Result")
 FRAME_BYTES_PER_S = 64 * 1024
 MIN_FRAME_INTERVAL_S = 0.02
 MAX_BODY_BYTES = 16 << 20
+LARGE_BODY_BYTES_PER_S = 64 << 20  # a fifth of a second of each, at 3 ms for a MiB
 # FastChat's API server and web UI end a stream that is silent for 100 s, without an error. They skip an empty frame.
 SIGN_OF_LIFE_S = 15.0
 
@@ -120,6 +122,7 @@ class FastChatServer:
         self.app.add_exception_handler(RequestError, self._on_request_error)
         self.app.add_exception_handler(ClientDisconnect, self._on_disconnect)
         self.app.add_exception_handler(Exception, self._on_bug)
+        self.app.add_middleware(LargeBodies, bytes_per_s=LARGE_BODY_BYTES_PER_S)
         if api_token:
             self.app.add_middleware(BearerToken, token=api_token)
         self.app.add_middleware(ConnectionLimit, tally=core.tally)  # the last one added comes first

@@ -148,7 +148,8 @@ class ClientProtocol(MarkingProtocol):
     def _is_clients_turn(self, num_unwritten: int) -> bool:
         if num_unwritten:  # while it takes something more is written, unless there is too much already
             return bool(self.flow.write_paused or self.cycle.response_complete)
-        return bool(self.cycle is None or self.cycle.more_body or self.cycle.response_complete)
+        is_asked = self.cycle is not None and not self.cycle.response_complete
+        return not is_asked or (self.cycle.more_body and not self.flow.read_paused)
 
 
 AutoProtocol = MarkingProtocol.__base__

@@ -1,8 +1,9 @@
 """How many requests run at once, how many wait, and who is next.
 
 Small requests go before large ones: each waits as if it had come later than it did, by `WAIT_PER_TOKEN_S` a token of
-its size, but by no more than `LONGEST_WAIT_S`, so that none waits for ever. One slot in `RESERVED` is kept for small
-ones, or a few long texts would hold up all short ones for as long as they take.
+its size, but by no more than `LONGEST_WAIT_S`, so that none waits for ever. Slots are kept for small ones, or a few
+long texts would hold up all short ones for as long as they take: for as many as there were at once in the last
+`RECENT_S` seconds, at least one in `SHARE`; the same share is left to large ones, whatever comes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any
 from ipex_vllm.engines.generation import RequestError
 
 SMALL = 128  # tokens
-RESERVED = 4
+SHARE = 4
+RECENT_S = 10.0
 WAIT_PER_TOKEN_S = 0.01
 LONGEST_WAIT_S = 30.0
 
@@ -38,8 +40,9 @@ class Slots:
         self.num_in_use = 0
         self.num_waiting = 0
         self.is_closed = False
-        self._large_limit = limit - limit // RESERVED
-        self._num_large = 0
+        self._least_share = limit // SHARE
+        self._num_large = self._num_small = 0  # of those that have a slot; of those that have one or wait
+        self._most_small, self._most_small_at = 0, 0.0  # at once, recently
         # Heaps of those that wait, the small and the large: when it is whose turn, a number for each, its place.
         self._waiting: dict[bool, list[tuple[float, int, Place]]] = {True: [], False: []}
         self._numbers = itertools.count()
@@ -82,11 +85,16 @@ class Slots:
 
     def queue(self, place: Place, size: int) -> None:
         """Let a place have a slot when it is its turn."""
+        self._num_small += place.is_small
         turn = time.monotonic() + min(size * WAIT_PER_TOKEN_S, LONGEST_WAIT_S)
         heapq.heappush(self._waiting[place.is_small], (turn, next(self._numbers), place))
         self._hand_out()
 
     def leave(self, place: Place) -> None:
+        if place.is_small and place.is_queued:
+            self._num_small -= 1
+            # What was kept for it is the large ones' then, and nothing else might tell them.
+            asyncio.get_running_loop().call_later(RECENT_S, self._hand_out)
         if place.has_slot:
             self.num_in_use -= 1
             self._num_large -= not place.is_small
@@ -99,7 +107,7 @@ class Slots:
             for heap in self._waiting.values():
                 while heap and heap[0][2].has_left:
                     heapq.heappop(heap)
-            has_room = {True: True, False: self._num_large < self._large_limit}
+            has_room = {True: True, False: self._num_large < self._large_limit()}
             candidates = [heap for is_small, heap in self._waiting.items() if heap and has_room[is_small]]
             if not candidates:
                 return
@@ -109,6 +117,13 @@ class Slots:
             self._num_large += not place.is_small
             place.has_slot = True
             place.turn.set()
+
+    def _large_limit(self) -> int:
+        now = time.monotonic()
+        if self._num_small >= self._most_small or now - self._most_small_at >= RECENT_S:
+            self._most_small, self._most_small_at = self._num_small, now
+        kept = max(self._most_small, self._least_share)
+        return max(self.limit - kept, self._least_share, 1)
 
     def cut_off(self) -> None:
         """End every request, those that wait too, with an error for its client."""
@@ -127,7 +142,7 @@ class Place:
 
     def __init__(self, slots: Slots) -> None:
         self._slots = slots
-        self._is_queued = False
+        self.is_queued = False
         self.is_small = True
         self.has_slot = self.has_left = False
         self.turn = asyncio.Event()
@@ -135,8 +150,8 @@ class Place:
 
     async def acquire(self, size: int) -> None:
         """Wait for a slot, one for all parts of the request, of which the first tells its size (see `Slots.take`)."""
-        if not self._is_queued:
-            self._is_queued, self.is_small = True, size <= SMALL
+        if not self.is_queued:
+            self.is_queued, self.is_small = True, size <= SMALL
             self._slots.queue(self, size)
         await self.turn.wait()
         if self.has_left:  # what asked has outlived the request

@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 
 from ipex_vllm.serving import slots as module
-from ipex_vllm.serving.slots import LONGEST_WAIT_S, SMALL, WAIT_PER_TOKEN_S, Slots
+from ipex_vllm.serving.slots import LONGEST_WAIT_S, RECENT_S, SMALL, WAIT_PER_TOKEN_S, Slots
 
 LARGE = 1000
 
@@ -43,6 +43,12 @@ class Requests:
             await self.tasks[name]
         await asyncio.sleep(0)
 
+    async def leave_all(self) -> None:
+        for task in self.tasks.values():
+            task.cancel()
+        await asyncio.gather(*self.tasks.values(), return_exceptions=True)
+        assert (self._slots.num_in_use, self._slots.num_waiting) == (0, 0)
+
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
@@ -75,22 +81,64 @@ async def test_nobody_is_overtaken_for_ever(clock: list[float]) -> None:
 
 
 async def test_large_requests_leave_one_slot_in_four_to_small_ones() -> None:
+    requests = Requests(Slots(8, 20))
+    for number in range(8):
+        await requests.send(f"large {number}", LARGE)
+    assert requests.begun == [f"large {number}" for number in range(6)]
+    await requests.leave_all()
+
+
+async def test_slots_are_kept_for_as_many_small_requests_as_there_were_at_once(clock: list[float]) -> None:
     slots = Slots(8, 20)
     requests = Requests(slots)
     for number in range(8):
         await requests.send(f"large {number}", LARGE)
-    assert (slots.num_in_use, slots.num_waiting) == (6, 2)
     for number in range(3):
         await requests.send(f"small {number}", SMALL)
     assert (slots.num_in_use, slots.num_waiting) == (8, 3)
-    await requests.end("large 0")  # which one of each kind may follow: the small one comes first
+    await requests.end("large 0")
     assert requests.begun[-1] == "small 2"
-    await requests.end("small 0")  # leaves five large ones, so a sixth
+    for number in range(3):
+        await requests.end(f"small {number}")
+    assert (slots.num_in_use, slots.num_waiting) == (5, 2)  # three are kept
+    clock[0] += RECENT_S - 1
+    await requests.end("large 1")
     assert requests.begun[-1] == "large 6"
-    for task in requests.tasks.values():
-        task.cancel()
-    await asyncio.gather(*requests.tasks.values(), return_exceptions=True)
-    assert (slots.num_in_use, slots.num_waiting) == (0, 0)
+    clock[0] += 1
+    await requests.end("large 2")  # nobody small came: all but two are the large ones'
+    assert requests.begun[-1] == "large 7"
+    await requests.leave_all()
+
+
+async def test_a_slot_that_was_kept_is_handed_out_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RECENT_S", 0.01)
+    requests = Requests(Slots(2, 20))
+    await requests.send("small", SMALL)
+    await requests.send("large 0", LARGE)
+    await requests.send("large 1", LARGE)
+    await requests.end("small")
+    assert requests.begun == ["small", "large 0"]
+    async with asyncio.timeout(10):
+        while "large 1" not in requests.begun:
+            await asyncio.sleep(0.01)
+    await requests.leave_all()
+
+
+@pytest.mark.parametrize(("limit", "num_large"), [(1, 1), (2, 1), (3, 1), (4, 1), (8, 2)])
+async def test_small_requests_leave_one_slot_in_four_to_large_ones(limit: int, num_large: int) -> None:
+    requests = Requests(Slots(limit, 100))
+    for number in range(limit):
+        await requests.send(f"first {number}", SMALL)
+    for number in range(limit):
+        await requests.send(f"small {number}", SMALL)
+        await requests.send(f"large {number}", LARGE)
+    for number in range(limit):
+        await requests.end(f"first {number}")
+    assert requests.begun[limit:] == [f"small {number}" for number in range(limit)]
+    for number in range(limit):
+        await requests.end(f"small {number}")
+    assert requests.begun[2 * limit :] == [f"large {number}" for number in range(num_large)]
+    await requests.leave_all()
 
 
 async def test_small_requests_may_have_all_slots_and_few_slots_are_for_all() -> None:
