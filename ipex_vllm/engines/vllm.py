@@ -26,6 +26,7 @@ from ipex_vllm.engines.tokenization import PromptEncoder
 from ipex_vllm.engines.vllm_devices import DEVICES, core_process
 from ipex_vllm.engines.vllm_failure import check_weights, told_in_one_line
 from ipex_vllm.engines.vllm_images import reads_images, with_images, with_placeholders
+from ipex_vllm.engines.vllm_imports import import_vllm
 from ipex_vllm.engines.vllm_options import add_listed, keep_listing
 from ipex_vllm.engines.vllm_pooling import embed
 from ipex_vllm.engines.vllm_requests import OutputReader, request_error, sampling_params
@@ -71,6 +72,7 @@ class VllmEngine(Engine):
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """Every option of vLLM's engine under vLLM's own name, in vLLM's own groups, and of its front end."""
+        import_vllm()
         from vllm.engine.arg_utils import AsyncEngineArgs
 
         own = {action.dest for action in parser._actions}
