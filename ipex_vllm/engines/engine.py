@@ -6,6 +6,7 @@ import abc
 import argparse
 import contextlib
 import os
+import warnings
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, ClassVar
 
@@ -31,6 +32,8 @@ class Engine(abc.ABC):
     def quiet(cls) -> None:
         """Let the model library, not imported yet, log errors alone, in all of its processes."""
         os.environ.setdefault("PYTHONWARNINGS", "ignore")
+        if os.environ["PYTHONWARNINGS"] == "ignore":  # and in this one, which has read it already
+            warnings.simplefilter("ignore")
 
     @classmethod
     def add_listed_arguments(cls, parser: argparse.ArgumentParser) -> bool:
