@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import AsyncIterator, Mapping
+from typing import Any
 
 from fastapi.responses import JSONResponse
 from starlette.types import Message, Send
 
 SIGN_OF_LIFE_S = 15.0  # proxies and clients give up after a minute or more
 SIGN_OF_LIFE = b": waiting\n\n"  # a comment, which readers of server-sent events skip
+MAX_TOLD = 500  # characters of a text in a refusal; applications repeat what they refuse, however long it is
 # What some clients decide by, whether to try again, beside the status.
 KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 
 
 class Answer:
-    """What has been sent of an answer, and signs of life while nothing is.
+    """What has been sent of an answer, and signs of life while nothing is. A refusal's texts are cut at MAX_TOLD.
 
     Attributes:
         headers: what is added to the answer's own.
@@ -30,10 +33,12 @@ class Answer:
         self.headers = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
         self.status = 0
         self.is_event_stream = self.has_ended = self.is_muted = False
+        self._refusal: Message | None = None  # how one begins, until all of it is there
+        self._refused = b""
 
     @property
     def has_begun(self) -> bool:
-        return self.status != 0
+        return self.status != 0 and (self._refusal is None or self.has_ended)
 
     async def send(self, message: Message) -> None:
         if not self.is_muted:
@@ -59,9 +64,21 @@ class Answer:
             names = [name for name, _ in self.headers]
             kept = [(name, value) for name, value in message["headers"] if name not in names]
             message = {**message, "headers": [*kept, *self.headers]}
-            self.is_event_stream = dict(kept).get(b"content-type", b"").startswith(b"text/event-stream")
+            kind = dict(kept).get(b"content-type", b"")
+            self.is_event_stream = kind.startswith(b"text/event-stream")
+            if self.status >= 400 and kind.startswith(b"application/json"):
+                self._refusal, self._refused = message, b""
+                return
         elif message["type"] == "http.response.body":
             self.has_ended = not message.get("more_body", False)
+            if self._refusal is not None:
+                self._refused += message.get("body", b"")
+                if not self.has_ended:
+                    return
+                start, body = self._refusal, cut(self._refused)
+                headers = [pair for pair in start["headers"] if pair[0] != b"content-length"]
+                await self._send({**start, "headers": [*headers, (b"content-length", b"%d" % len(body))]})
+                message = {**message, "body": body}
         self._sent_at = time.monotonic()
         await self._send(message)
 
@@ -71,6 +88,21 @@ class Answer:
             if silent_s >= SIGN_OF_LIFE_S and self.is_event_stream:
                 await self.send({"type": "http.response.body", "body": SIGN_OF_LIFE, "more_body": True})
             await asyncio.sleep(max(SIGN_OF_LIFE_S - silent_s, SIGN_OF_LIFE_S / 10))
+
+
+def cut(refusal: bytes) -> bytes:
+    """A JSON document whose texts have at most MAX_TOLD characters, and three dots for what is missing."""
+    if len(refusal) <= MAX_TOLD:
+        return refusal
+
+    def shorter(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: shorter(each) for name, each in value.items()}
+        if isinstance(value, list):
+            return [shorter(each) for each in value]
+        return f"{value[:MAX_TOLD]}..." if isinstance(value, str) and len(value) > MAX_TOLD else value
+
+    return json.dumps(shorter(json.loads(refusal)), ensure_ascii=False, separators=(",", ":")).encode()
 
 
 class Outbox:

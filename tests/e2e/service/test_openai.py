@@ -268,6 +268,20 @@ def test_errors_have_the_form_that_the_clients_read(
     assert (unknown.status_code, unknown.json()["error"]["type"]) == (404, "NotFoundError")
 
 
+@pytest.mark.parametrize("server", ["worker", "api"])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"model": "m" * 5000}, {"logprobs": "word " * 1000}, {"logprobs": {"word" * 100: [1] * 1000}}],
+    ids=["a model", "a text", "an object"],
+)
+def test_no_error_repeats_all_that_it_refuses(service: Service, server: str, wrong: dict[str, Any]) -> None:
+    url = service.worker_url if server == "worker" else service.api_url
+    body = {"model": "demo", "prompt": "word", "max_tokens": 1, **wrong}
+    refused = httpx.post(f"{url}/v1/completions", json=body, trust_env=False)
+    assert refused.status_code in (400, 404)
+    assert 10 < len(refused.json()["error"]["message"] if server == "worker" else refused.text) < 1000
+
+
 def test_requests_are_counted_logged_by_their_id_and_given_up_with_their_client(service: Service) -> None:
     before = metric(service, "ipex_vllm_completion_tokens_total")
     body = {"model": "demo", "prompt": "import", "max_tokens": 5, "ignore_eos": True}
