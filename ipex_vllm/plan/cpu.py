@@ -40,7 +40,7 @@ KV_CACHE_DEFAULT_BYTES = 4 * GIB  # for a model whose size is not known before i
 MAMBA_1 = ("mamba", "falcon_mamba", "jamba")
 
 # Compiling takes up to a minute at the first start, which a toy does not earn back. SmolLM2's own file, 94 MiB of four
-# bits, does: it is served 1.5 times as fast (docs/checkpoints.md).
+# bits, does: it is served twice as fast (docs/benchmarking.md).
 MIN_WEIGHT_BYTES_TO_COMPILE = 64 << 20
 
 
