@@ -15,25 +15,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import shlex
-import statistics
 import sys
-import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from benchmarks.compare.statistics import paired_ratio
+from benchmarks.compare.offline import start_engine
 from benchmarks.load.output import print_json_line
 from benchmarks.machine import describe_machine
 from benchmarks.options import run_main
-from benchmarks.speculation import Work, generate, two_or_more
+from benchmarks.speculation import Gain, Work, take_turns, two_or_more
 from ipex_vllm.engines import vllm_speculation
-from ipex_vllm.engines.engine import Engine
 from ipex_vllm.machine.facts import MachineFacts
 from ipex_vllm.plan.devices import PLANNERS
-from ipex_vllm.worker import prepare
 
 LOOKUP = 0  # in place of a length
 CONSTANT_DRAFTS = "benchmarks.acceptance.ConstantDrafts"
@@ -43,18 +38,12 @@ class ConstantDrafts(Scheduler):  # type: ignore[misc]
     """vLLM's own scheduler, with drafts of one length; by another name, so that the worker leaves it alone."""
 
 
-@dataclass(frozen=True)
-class Point:
-    """Drafts of one length at one temperature; rates in output tokens per second, `gain` with drafts to without."""
+@dataclass(frozen=True, kw_only=True)
+class Point(Gain):
+    """Drafts of one length at one temperature."""
 
     length: int
     temperature: float
-    acceptance: float
-    without: float
-    with_drafts: float
-    gain: float
-    low: float
-    high: float
 
 
 def main() -> int:
@@ -70,38 +59,39 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=96, help="output tokens of a request (default: %(default)s)")
     parser.add_argument("--plot", type=Path, help="write NAME.png and NAME.svg")
     options = parser.parse_args()
-    machine = MachineFacts.probe()
-    PLANNERS["cpu"].apply(machine)
+    PLANNERS["cpu"].apply(MachineFacts.probe())
     described = describe_machine()
-    points = asyncio.run(measure(machine, options))
+    points = asyncio.run(measure(options))
     print("\n| draft length | temperature | accepted | without, tok/s | with | gain | 95 % interval |")
     print("|---|---:|---:|---:|---:|---:|---|")
     for point in points:
         print(
-            f"| {point.length or 'lookup'} | {point.temperature} | {point.acceptance:.0%} | {point.without:.1f} | "
-            f"{point.with_drafts:.1f} | {point.gain:.2f} | {point.low:.2f} to {point.high:.2f} |"
+            f"| {point.length or 'lookup'} | {point.temperature} | {point.accepted:.0%} | {point.without:.1f} | "
+            f"{point.with_drafts:.1f} | {point.ratio:.2f} | {point.low:.2f} to {point.high:.2f} |"
         )
     if options.plot is not None:
         from benchmarks.load.plots import gain_by_acceptance
 
         curves: dict[str, list[tuple[float, float]]] = {}
         for point in points:
-            curves.setdefault(str(point.length or "lookup"), []).append((point.acceptance, point.gain))
+            curves.setdefault(str(point.length or "lookup"), []).append((point.accepted, point.ratio))
         gain_by_acceptance(curves, options.plot)
     print_json_line({"kind": "acceptance", "points": [asdict(point) for point in points], "machine": described})
     return 0
 
 
-async def measure(machine: MachineFacts, options: argparse.Namespace) -> list[Point]:
+async def measure(options: argparse.Namespace) -> list[Point]:
     common = ["--model-path", options.model_path, "--kv-cache-gib", "1", "--no-openai", *shlex.split(options.worker)]
-    plain = await start(machine, [*common, "--speculative", "off"])
+    plain = await start_engine([*common, "--speculative", "off"])
     points = []
     try:
         for length in map(int, options.lengths.split(",")):
-            drafting = await start(machine, [*common, *drafting_flags(length, options.draft_model)])
+            drafting = await start_engine([*common, *drafting_flags(length, options.draft_model)])
             try:
                 for temperature in map(float, options.temperatures.split(",")):
-                    points.append(await compare((plain, drafting), length, temperature, options))
+                    work = Work(lambda number: f"{number} and the rest", temperature, is_chat=False)
+                    gain = await take_turns((plain, drafting), work, 1, options.pairs, options.tokens)
+                    points.append(Point(length=length, temperature=temperature, **asdict(gain)))
                     print(points[-1], file=sys.stderr, flush=True)
             finally:
                 await drafting.stop()
@@ -115,35 +105,6 @@ def drafting_flags(length: int, draft_model: str) -> list[str]:
         return ["--speculative", "ngram"]
     vllm_speculation.DRAFTED_TOKENS = length
     return ["--speculative", "draft", "--draft-model", draft_model, "--scheduler-cls", CONSTANT_DRAFTS]
-
-
-async def start(machine: MachineFacts, flags: list[str]) -> Engine:
-    engine_class, _, plan = prepare(machine, flags, None)
-    return await engine_class.start(plan)
-
-
-async def compare(engines: Sequence[Engine], length: int, temperature: float, options: argparse.Namespace) -> Point:
-    work = Work(lambda number: f"{number} and the rest", temperature, is_chat=False)
-    rates: tuple[list[float], list[float]] = ([], [])
-    drafted = accepted = 0
-    for pair in range(-1, options.pairs):  # the first one warms up
-        for index in (0, 1) if pair % 2 == 0 else (1, 0):
-            begin = time.monotonic()
-            counts = await generate(engines[index], work, max(pair, 0), options.tokens)
-            if pair >= 0:
-                rates[index].append(options.tokens / (time.monotonic() - begin))
-                drafted, accepted = drafted + counts[0], accepted + counts[1]
-    ratio = paired_ratio(rates[1], rates[0])
-    return Point(
-        length,
-        temperature,
-        accepted / max(drafted, 1),
-        statistics.median(rates[0]),
-        statistics.median(rates[1]),
-        ratio.ratio,
-        ratio.low,
-        ratio.high,
-    )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from benchmarks.compare.offline import start_engine
 from benchmarks.compare.statistics import paired_ratio
 from benchmarks.load.output import print_json_line
 from benchmarks.machine import describe_machine
@@ -29,7 +30,6 @@ from ipex_vllm.engines.engine import Engine
 from ipex_vllm.engines.generation import Generation
 from ipex_vllm.machine.facts import MachineFacts
 from ipex_vllm.plan.devices import PLANNERS
-from ipex_vllm.worker import prepare
 
 # Modules of the standard library, whose documentation and source are the texts: every machine has them.
 MODULES = (
@@ -73,12 +73,15 @@ WORK = {
 }
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One kind of work at one load; rates in output tokens per second, `ratio` is with drafts to without."""
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """What drafts brought: rates in output tokens per second, `ratio` with drafts to without, and its interval.
 
-    work: str
-    streams: int
+    Attributes:
+        accepted: share of the draft tokens that were right.
+        drafted: draft tokens for each token of output.
+    """
+
     without: float
     with_drafts: float
     ratio: float
@@ -86,6 +89,14 @@ class Cell:
     high: float
     accepted: float
     drafted: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell(Gain):
+    """One kind of work at one load."""
+
+    work: str
+    streams: int
 
 
 def main() -> int:
@@ -103,7 +114,7 @@ def main() -> int:
     machine = MachineFacts.probe()
     PLANNERS["cpu"].apply(machine)
     described = describe_machine()
-    cells = asyncio.run(measure(machine, options, flags))
+    cells = asyncio.run(measure(options, flags))
     print(f"\n{machine.name}, {len(machine.cpus)} CPUs; {options.pairs} pairs of {options.tokens} tokens a request\n")
     print("| work | streams | without, tok/s | with | ratio | 95 % interval | drafts accepted | drafted a token |")
     print("|---|---:|---:|---:|---:|---|---:|---:|")
@@ -116,7 +127,7 @@ def main() -> int:
     return 0
 
 
-async def measure(machine: MachineFacts, options: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
+async def measure(options: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
     wanted = [] if "--speculative" in flags else ["--speculative", "auto"]
     engines: list[Engine] = []
     try:
@@ -124,12 +135,12 @@ async def measure(machine: MachineFacts, options: argparse.Namespace, flags: Seq
             arguments = ["--kv-cache-gib", "1", "--no-openai", *flags, *speculative]
             if speculative != wanted:  # the last word wins, but a model that drafts needs one
                 arguments = without_draft_model(arguments)
-            engine_class, _, plan = prepare(machine, arguments, None)
-            engines.append(await engine_class.start(plan))
+            engines.append(await start_engine(arguments))
         cells = []
         for work in options.work.split(","):
             for streams in map(int, options.streams.split(",")):
-                cells.append(await compare(engines, work, streams, options))
+                gain = await take_turns(engines, WORK[work], streams, options.pairs, options.tokens)
+                cells.append(Cell(work=work, streams=streams, **asdict(gain)))
                 print(cells[-1], file=sys.stderr, flush=True)
         return cells
     finally:
@@ -144,34 +155,28 @@ def without_draft_model(flags: Sequence[str]) -> list[str]:
     return kept
 
 
-async def compare(engines: Sequence[Engine], work: str, streams: int, options: argparse.Namespace) -> Cell:
+async def take_turns(engines: Sequence[Engine], work: Work, streams: int, pairs: int, tokens: int) -> Gain:
+    """Let the engine without drafts, and the one with them, work in turns, A B B A, after a pair that warms them up."""
     rates: tuple[list[float], list[float]] = ([], [])
     drafted = accepted = 0
-    for pair in range(-1, options.pairs):  # the first one warms up
-        order = (0, 1) if pair % 2 == 0 else (1, 0)
-        for index in order:
+    for pair in range(-1, pairs):
+        for index in (0, 1) if pair % 2 == 0 else (1, 0):
             begin = time.monotonic()
-            results = await asyncio.gather(
-                *(
-                    generate(engines[index], WORK[work], max(pair, 0) * streams + stream, options.tokens)
-                    for stream in range(streams)
-                )
-            )
+            numbers = range(max(pair, 0) * streams, (max(pair, 0) + 1) * streams)
+            results = await asyncio.gather(*(generate(engines[index], work, number, tokens) for number in numbers))
             if pair >= 0:
-                rates[index].append(streams * options.tokens / (time.monotonic() - begin))
+                rates[index].append(streams * tokens / (time.monotonic() - begin))
                 drafted += sum(result[0] for result in results)
                 accepted += sum(result[1] for result in results)
     ratio = paired_ratio(rates[1], rates[0])
-    return Cell(
-        work,
-        streams,
-        statistics.median(rates[0]),
-        statistics.median(rates[1]),
-        ratio.ratio,
-        ratio.low,
-        ratio.high,
-        accepted / max(drafted, 1),
-        drafted / (options.pairs * streams * options.tokens),
+    return Gain(
+        without=statistics.median(rates[0]),
+        with_drafts=statistics.median(rates[1]),
+        ratio=ratio.ratio,
+        low=ratio.low,
+        high=ratio.high,
+        accepted=accepted / max(drafted, 1),
+        drafted=drafted / (pairs * streams * tokens),
     )
 
 

@@ -13,13 +13,14 @@ namespace {
 
 // Where the packed bytes of the near future are. Each line that is computed fetches a little of them, so that memory is
 // read evenly and not only while codes are unpacked. A prefetch past the end of the weights is no access.
-// Intel's second-level cache has more requests under way than the first; on AMD's CPUs the detour takes longer.
-template <bool IsIntel> struct Ahead {
+// They go into the first-level cache or stop at the second: that one has more requests under way on Intel's CPUs, where
+// codes of few bits gain by it; on AMD's the detour takes longer.
+template <bool StopsAtSecondLevel> struct Ahead {
     const uint8_t *next;
     int64_t bytes_per_line;
 
     void fetch() {
-        __builtin_prefetch(next, 0, IsIntel ? 2 : 3);
+        __builtin_prefetch(next, 0, StopsAtSecondLevel ? 2 : 3);
         next += bytes_per_line;
     }
 };

@@ -51,7 +51,7 @@ void accumulate_group(const Weights &w, const Activations &a, int64_t tile, int6
         const int64_t count = w.lines() - i < step ? w.lines() - i : step;
         const uint8_t *line = w.block(tile, group) + kScalesBytes + i * kLineBytes;
         common::Ahead<false> ahead{line + (passes == 1 ? common::kPrefetchBytes : count * kLineBytes),
-                            (kLineBytes + passes - 1) / passes};
+                                   (kLineBytes + passes - 1) / passes};
         common::for_row_blocks(begin, end, row_blocks, [&](int64_t row, int64_t rows) {
             common::with_constant<V::max_rows>(rows, [&](auto R) {
                 for (int slice = 0; slice < V::slices; ++slice)
