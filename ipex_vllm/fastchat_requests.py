@@ -65,12 +65,19 @@ def read_body(content: bytes) -> dict[str, Any]:
     """The JSON object of a request, without its nulls: FastChat knows the defaults of what is missing."""
     try:
         body = json.loads(content, parse_constant=_no_number)
-        json.dumps(body, ensure_ascii=False, allow_nan=False).encode()  # half a surrogate is no text, 1e999 no number
     except (ValueError, RecursionError) as error:
-        raise BadRequest(f"The request body is not JSON: {' '.join(str(error).split())[:200]}.") from error
+        raise _no_json(error) from error
     if not isinstance(body, dict):
         raise BadRequest("The request body must be a JSON object.")
     return {name: value for name, value in body.items() if value is not None}
+
+
+def written(body: dict[str, Any]) -> bytes:
+    """The JSON of a body that was read. A large one takes as long to write as to read, so it is written once."""
+    try:
+        return json.dumps(body, ensure_ascii=False, allow_nan=False).encode()  # no half of a surrogate, no 1e999
+    except (ValueError, RecursionError) as error:
+        raise _no_json(error) from error
 
 
 def chat(body: dict[str, Any]) -> dict[str, Any]:
@@ -214,6 +221,10 @@ def _advice(name: str) -> str:
 
 def _shown(value: object) -> str:
     return repr(value)[:100]
+
+
+def _no_json(error: Exception) -> BadRequest:
+    return BadRequest(f"The request body is not JSON: {' '.join(str(error).split())[:200]}.")
 
 
 def _no_number(word: str) -> NoReturn:

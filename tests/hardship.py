@@ -5,7 +5,7 @@
 Fair clients send small requests one after the other, first alone and then, for `--minutes`, beside `--hostile` others:
 readers that are slow or never read, prompts of 15 MiB, clients that leave, and requests that are wrong. Those are in a
 process of their own, or the fair ones would wait for prompts of 15 MiB to be written, and one that takes only what the
-others leave of the machine (`os.nice`), where clients are not. Each goes by turns to the
+others leave of the machine, where clients are not. Each goes by turns to the
 worker's FastChat endpoint, to its /v1, and to FastChat's API server. Printed are the time to the first token that the
 fair ones saw, what the worker counted beside what its clients saw, what is left behind (slots, KV cache), and whether
 memory and descriptors of each process grow (tests/watch.py).
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -198,11 +199,23 @@ def is_token(event: dict[str, Any]) -> bool:
     return bool(event.get("choices", [event])[0].get("text")) and not event.get("error_code")
 
 
+def give_way() -> None:
+    """Take only what others leave of the machine.
+
+    Linux shares a CPU between sessions first (sched(7), the autogroup feature), and a session of a single process has
+    as much as any other, however low that process' own priority: so the session is a new one, and its priority low too.
+    """
+    os.nice(LEAST_PRIORITY)
+    os.setsid()
+    with contextlib.suppress(FileNotFoundError):  # a kernel without it
+        Path("/proc/self/autogroup").write_text(str(LEAST_PRIORITY))
+
+
 def hostile_outcomes(options: argparse.Namespace) -> tuple[Counter[str], Counter[str]]:
     """What the hostile clients saw, and which connections they lost, in as many minutes as `options` has."""
 
     async def run() -> Clients:
-        os.nice(LEAST_PRIORITY)
+        give_way()
         clients = Clients(options)
         kinds: list[Kind] = [getattr(clients, name) for name in options.kinds]
         until = time.monotonic() + 60 * options.minutes

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from ipex_vllm.fastchat_api import Guard
+from ipex_vllm.fastchat_api import Client, Guard
 from ipex_vllm.serving import events, fastchat
 from ipex_vllm.serving.chat_template import ChatTemplate
 from ipex_vllm.serving.conversation import NOTATION, ChatFormat, as_json
@@ -58,6 +58,17 @@ def chat(stack: Stack, **body: Any) -> httpx.Response:
 
 def complete(stack: Stack, **body: Any) -> httpx.Response:
     return post(stack, "/v1/completions", {"prompt": "p", **body})
+
+
+def test_a_client_reads_no_certificates_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_again(*_: Any, **__: Any) -> None:
+        raise AssertionError("20 ms of everybody's time")
+
+    monkeypatch.setattr("ssl.create_default_context", read_again)
+    with pytest.raises(AssertionError):
+        httpx.AsyncClient()
+    assert Client().is_closed is False  # as FastChat makes one for each stream
+    assert Client(verify=False).is_closed is False
 
 
 def test_parts_of_a_message_are_joined_whoever_speaks(stack: Stack) -> None:
