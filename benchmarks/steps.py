@@ -56,8 +56,11 @@ STEP, SCHEDULER, RUNNER, FORWARD, HEAD, SAMPLER, UPDATE = parts = (
 MATMULS, ATTENTION = "matmuls", "attention"
 # Of the operators that are not called from others: whose time is whose.
 KERNELS = {
-    MATMULS: ("ipex_vllm::", "_C::onednn", "_C::cpu_gemm", "aten::linear", "aten::mm", "aten::addmm"),
-    ATTENTION: ("_C::cpu_attention", "_C::cpu_attn", "vllm::unified_attention", "aten::scaled_dot"),
+    MATMULS: (
+        *(f"ipex_vllm::{name}" for name in ("w4a8", "w8a8", "w8a16", "dequantize", "experts")),
+        *("_C::onednn", "_C::cpu_gemm", "aten::linear", "aten::mm", "aten::addmm"),
+    ),
+    ATTENTION: ("_C::cpu_attention", "_C::cpu_attn", "ipex_vllm::attention", "vllm::unified", "aten::scaled_dot"),
 }
 NAMES = (*parts, *KERNELS)
 # Slots of the memory that both processes see, behind the sums: steps that were timed, those under the profiler, and

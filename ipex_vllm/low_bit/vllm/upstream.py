@@ -23,7 +23,7 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.platforms import current_platform
 
-from ipex_vllm.low_bit.vllm import json_strings, picture_attention, speculation
+from ipex_vllm.low_bit.vllm import attention, json_strings, picture_attention, speculation
 from ipex_vllm.low_bit.vllm.config import LowBitConfig
 
 rotate = RotaryEmbedding.forward_cpu
@@ -47,6 +47,7 @@ def mend() -> None:
     XIELU.__init__ = make_xielu_in_models_dtype
     if current_platform.is_cpu():
         allow_amx()
+        attention.mend()
         picture_attention.mend()
         RotaryEmbedding.forward_cpu = rotate_heads
         gdn_attention._causal_conv1d_fwd_cpu = convolve_even_one
