@@ -16,7 +16,12 @@ from vllm.distributed.kv_transfer import has_kv_transfer_group
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.attention import unified_attention_with_output, unified_kv_cache_update
-from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.utils.torch_utils import (
+    LayerNameType,
+    _encode_layer_name,
+    _resolve_layer_name,
+    direct_register_custom_op,
+)
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
@@ -49,18 +54,22 @@ def attend_at_once(
     if not is_plain or key is None or value is None:
         return forward(self, query, key, value, output_shape, output_dtype)  # type: ignore[no-any-return]
     output = query.new_empty((query.shape[0], self.num_heads * self.head_size_v))
-    operator = torch.ops.ipex_vllm.attention.default if torch.compiler.is_compiling() else attend
+    operator, layer_name = attend, self.layer_name
+    if torch.compiler.is_compiling():
+        operator, layer_name = torch.ops.ipex_vllm.attention.default, _encode_layer_name(layer_name)
     operator(
         query.view(-1, self.num_heads, self.head_size),
         key.view(-1, self.num_kv_heads, self.head_size),
         value.view(-1, self.num_kv_heads, self.head_size_v),
         output.view(-1, self.num_heads, self.head_size_v),
-        self.layer_name,
+        layer_name,
     )
     return output
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor, layer_name: str) -> None:
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor, layer_name: LayerNameType
+) -> None:
     """Write a step's keys and values into the layer's cache, and attend to all that is there.
 
     Args:
@@ -70,6 +79,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: 
         layer_name: by which the step's context knows the layer.
     """
     context = get_forward_context()
+    layer_name = _resolve_layer_name(layer_name)
     layer = context.no_compile_layers[layer_name]
     steps, impl = context.attn_metadata, layer.impl
     step: Any = steps.get(layer_name) if isinstance(steps, dict) else None

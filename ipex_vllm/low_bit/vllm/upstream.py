@@ -23,7 +23,7 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.platforms import current_platform
 
-from ipex_vllm.low_bit.vllm import attention, json_strings, picture_attention, speculation
+from ipex_vllm.low_bit.vllm import alike_layers, attention, json_strings, picture_attention, speculation
 from ipex_vllm.low_bit.vllm.config import LowBitConfig
 
 rotate = RotaryEmbedding.forward_cpu
@@ -39,6 +39,7 @@ convolve = gdn_attention._causal_conv1d_fwd_cpu
 def mend() -> None:
     """Mend all of them; a second call changes nothing."""
     load_compiled()
+    alike_layers.mend()
     VecISA.check_build = ask_compiler  # type: ignore[method-assign]
     rendezvous._create_c10d_store = create_store
     json_strings.mend()
