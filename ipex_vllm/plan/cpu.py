@@ -39,8 +39,8 @@ KV_CACHE_DEFAULT_BYTES = 4 * GIB  # for a model whose size is not known before i
 
 MAMBA_1 = ("mamba", "falcon_mamba", "jamba")
 
-# Compiling takes up to a minute at the first start, which a toy does not earn back. SmolLM2's own file, 94 MiB of four
-# bits, does: it is served twice as fast (docs/benchmarking.md).
+# Compiling takes ten seconds to a minute at the first start, which a toy does not earn back. SmolLM2's own file, 94 MiB
+# of four bits, does: it is served twice as fast (docs/benchmarking.md).
 MIN_WEIGHT_BYTES_TO_COMPILE = 64 << 20
 
 
@@ -259,8 +259,8 @@ def _choose_compile(options: WorkerOptions, model: ModelFacts, demands: Demands)
     if demands.num_stages > 1:
         return True, "vLLM's pipeline does not run eagerly on a CPU"
     if model.weight_bytes is not None and model.weight_bytes < MIN_WEIGHT_BYTES_TO_COMPILE:
-        return False, f"{model.weight_bytes / (1 << 20):.0f} MiB of weights do not earn back the minute it takes"
-    return True, "faster steps for about a minute more at the first start; --no-compile starts at once"
+        return False, f"{model.weight_bytes / (1 << 20):.0f} MiB of weights do not earn back the time it takes"
+    return True, "faster steps for up to a minute more at the first start; --no-compile starts at once"
 
 
 def _split(cores: Sequence[int], num_ranks: int) -> tuple[tuple[int, ...], ...]:

@@ -23,7 +23,14 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.platforms import current_platform
 
-from ipex_vllm.low_bit.vllm import alike_layers, attention, json_strings, picture_attention, speculation
+from ipex_vllm.low_bit.vllm import (
+    alike_layers,
+    attention,
+    json_strings,
+    kv_memory,
+    picture_attention,
+    speculation,
+)
 from ipex_vllm.low_bit.vllm.config import LowBitConfig
 
 rotate = RotaryEmbedding.forward_cpu
@@ -49,6 +56,7 @@ def mend() -> None:
     if current_platform.is_cpu():
         allow_amx()
         attention.mend()
+        kv_memory.mend()
         picture_attention.mend()
         RotaryEmbedding.forward_cpu = rotate_heads
         gdn_attention._causal_conv1d_fwd_cpu = convolve_even_one
