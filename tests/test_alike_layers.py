@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -40,12 +41,13 @@ class LlamaDecoderLayer(torch.nn.Module):
         super().__init__()
         self.name = name
         self.weight = torch.nn.Parameter(torch.randn(WIDTH))
+        self.bias = torch.nn.Parameter(torch.randn(1, WIDTH))
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         residual = x if residual is None else residual + x
         named = torch.empty_like(x)
         torch.ops.ipex_vllm_test.add_by_name(residual * self.weight, named, LayerName(self.name))
-        return torch.nn.functional.silu(named), residual
+        return torch.nn.functional.silu(named + self.bias.sum(0)), residual
 
 
 class Model(torch.nn.Module):
@@ -72,12 +74,23 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fx_utils, "_is_fake_tensor_same", alike_layers.is_same_or_a_name)
 
 
+def alike(model: Model) -> None:
+    pass
+
+
+def each_other(model: Model) -> None:
+    """As in a file whose layers have a precision each."""
+    for number, layer in enumerate(model.layers):
+        layer.bias = torch.nn.Parameter(torch.randn(1 + number, WIDTH))
+
+
 @torch.no_grad()
 @torch._inductor.config.patch(fx_graph_cache=False)
 @torch._functorch.config.patch(enable_autograd_cache=False)
-def kernels_of(num_layers: int) -> int:
+def kernels_of(num_layers: int, change: Callable[[Model], None] = alike) -> int:
     """How many kernels the compiled model has; its results are those without a compiler."""
     model = Model(num_layers, alike_layers.make_layers_alike)
+    change(model)
     x = torch.randn(3, WIDTH)
     expected = model(x)
     NAMED.clear()
@@ -89,6 +102,10 @@ def kernels_of(num_layers: int) -> int:
 
 def test_as_many_kernels_for_two_alike_layers_as_for_eight() -> None:
     assert kernels_of(8) == kernels_of(3)
+
+
+def test_a_model_of_more_kinds_of_layers_than_pytorch_keeps_is_compiled() -> None:
+    assert kernels_of(12, each_other) > kernels_of(12)
 
 
 def test_upstream_alone_refuses_calls_with_different_names(monkeypatch: pytest.MonkeyPatch) -> None:

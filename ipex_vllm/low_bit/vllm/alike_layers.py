@@ -33,7 +33,8 @@ def make_layers_alike(*arguments: Any, **options: Any) -> tuple[int, int, torch.
     for layer in layers[start + 1 : end]:  # the first one has no residual, so its graph is another
         kind = type(layer)
         if kind.__name__ in ALIKE:
-            layer.forward_alike = torch.compiler.nested_compile_region(kind.forward)
+            # As many kinds of them as a file's precisions make; beyond its own limit PyTorch fails.
+            layer.forward_alike = torch.compiler.nested_compile_region(kind.forward, max_reuse_entries=len(layers))
             layer.forward = layer_forward.__get__(layer)
     return start, end, layers
 
