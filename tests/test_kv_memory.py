@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -74,3 +76,15 @@ def test_upstream_alone_takes_the_memory_at_once() -> None:
     cache = utils.allocate_kv_cache(config(SIZE), CPU, None)["layer"]
     assert resident() - before > SIZE * 7 // 8
     del cache
+
+
+def test_vllms_runner_takes_its_cache_from_here() -> None:
+    code = """import inspect
+from vllm.v1.worker import gpu_model_runner as runner
+from ipex_vllm.low_bit.vllm import kv_memory, upstream
+upstream.mend()
+assert "= allocate_kv_cache(" in inspect.getsource(runner.GPUModelRunner.initialize_kv_cache_tensors)
+print(runner.allocate_kv_cache is kv_memory.allocate_mapped)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr[-2000:]
