@@ -12,13 +12,15 @@ import ctypes
 import mmap
 import os
 import threading
+import time
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from vllm.v1.worker import gpu_model_runner
 
-PIECE = 64 << 20  # bytes
+PIECE = 2 << 20  # bytes, a huge page
+REST = 4  # times as long as a piece took: in the kernel no priority counts, and a step waits for each of its cores
 MADV_POPULATE_WRITE = 23  # madvise(2), since Linux 5.14; an older kernel takes the memory as it is written
 LEAST_PRIORITY = 19
 
@@ -67,5 +69,7 @@ def take(buffer: torch.Tensor) -> None:
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     for start in range(0, len(buffer), PIECE):
+        began = time.monotonic()
         if madvise(buffer.data_ptr() + start, min(PIECE, len(buffer) - start), MADV_POPULATE_WRITE) != 0:
             return
+        time.sleep(REST * (time.monotonic() - began))
