@@ -46,7 +46,6 @@ convolve = gdn_attention._causal_conv1d_fwd_cpu
 def mend() -> None:
     """Mend all of them; a second call changes nothing."""
     load_compiled()
-    alike_layers.mend()
     VecISA.check_build = ask_compiler  # type: ignore[method-assign]
     rendezvous._create_c10d_store = create_store
     json_strings.mend()
@@ -55,6 +54,7 @@ def mend() -> None:
     XIELU.__init__ = make_xielu_in_models_dtype
     if current_platform.is_cpu():
         allow_amx()
+        alike_layers.mend()
         attention.mend()
         kv_memory.mend()
         picture_attention.mend()
