@@ -23,14 +23,7 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.platforms import current_platform
 
-from ipex_vllm.low_bit.vllm import (
-    alike_layers,
-    attention,
-    json_strings,
-    kv_memory,
-    picture_attention,
-    speculation,
-)
+from ipex_vllm.low_bit.vllm import alike_layers, attention, json_strings, picture_attention, speculation
 from ipex_vllm.low_bit.vllm.config import LowBitConfig
 
 rotate = RotaryEmbedding.forward_cpu
@@ -56,7 +49,6 @@ def mend() -> None:
         allow_amx()
         alike_layers.mend()
         attention.mend()
-        kv_memory.mend()
         picture_attention.mend()
         RotaryEmbedding.forward_cpu = rotate_heads
         gdn_attention._causal_conv1d_fwd_cpu = convolve_even_one
