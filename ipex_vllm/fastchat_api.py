@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import aiohttp
 import httpx
 import uvicorn
 from fastapi import FastAPI, Request
@@ -42,6 +43,7 @@ from ipex_vllm.options import (
     port_number,
     same_option,
 )
+from ipex_vllm.serving import json_bodies
 from ipex_vllm.serving.core import Tally
 from ipex_vllm.serving.events import Answer, error_event, error_response
 from ipex_vllm.serving.http_server import ClientProtocol, is_ours
@@ -74,6 +76,8 @@ class Client(httpx.AsyncClient):
 def main() -> None:
     BaseModel.json = json_as_in_pydantic_1  # type: ignore[method-assign]
     httpx.AsyncClient = Client  # type: ignore[misc]
+    aiohttp.ClientSession = partial(aiohttp.ClientSession, json_serialize_bytes=json_bodies.dumps)  # type: ignore[misc, assignment]
+    json_bodies.install()
     # It calls the controller and the workers: a proxy would only lose them.
     os.environ.update(NO_PROXY="*", no_proxy="*")
     controller_url, own = read_options(sys.argv[1:])
@@ -163,16 +167,17 @@ class ClientGone(Exception):
 
 async def whole_body(receive: Receive) -> bytes:
     """The request's body. Raises BadRequest for one that is too large, and ClientGone."""
-    body = bytearray()
+    parts, size = [], 0
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientGone
-        body += message.get("body", b"")
-        if len(body) > MAX_BODY_BYTES:
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > MAX_BODY_BYTES:
             raise BadRequest(f"The request body is larger than {MAX_BODY_BYTES >> 20} MiB.")
         if not message.get("more_body", False):
-            return bytes(body)
+            return b"".join(parts)
 
 
 def with_body(scope: Scope, receive: Receive, content: bytes) -> tuple[Scope, Receive]:

@@ -6,11 +6,11 @@ clients send. Each function here takes a body and returns the one to pass on. Ra
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 from ipex_vllm.engines.bounds import MAX_CHOICES
+from ipex_vllm.serving.json_bodies import dumps, loads
 
 MAX_ITEMS = 1024  # texts of a request, times its choices: FastChat starts a task or makes two calls for each
 # Where a request goes that FastChat's protocol has no room for.
@@ -64,7 +64,7 @@ class BadRequest(Exception):
 def read_body(content: bytes) -> dict[str, Any]:
     """The JSON object of a request, without its nulls: FastChat knows the defaults of what is missing."""
     try:
-        body = json.loads(content, parse_constant=_no_number)
+        body = loads(content)
     except (ValueError, RecursionError) as error:
         raise _no_json(error) from error
     if not isinstance(body, dict):
@@ -75,7 +75,7 @@ def read_body(content: bytes) -> dict[str, Any]:
 def written(body: dict[str, Any]) -> bytes:
     """The JSON of a body that was read. A large one takes as long to write as to read, so it is written once."""
     try:
-        return json.dumps(body, ensure_ascii=False, allow_nan=False).encode()  # no half of a surrogate, no 1e999
+        return dumps(body)
     except (ValueError, RecursionError) as error:
         raise _no_json(error) from error
 
@@ -225,7 +225,3 @@ def _shown(value: object) -> str:
 
 def _no_json(error: Exception) -> BadRequest:
     return BadRequest(f"The request body is not JSON: {' '.join(str(error).split())[:200]}.")
-
-
-def _no_number(word: str) -> NoReturn:
-    raise ValueError(f"{word} is no number")

@@ -40,6 +40,7 @@ from ipex_vllm.options import Parser, WorkerOptions, add_options, from_namespace
 from ipex_vllm.plan.devices import PLANNERS
 from ipex_vllm.plan.plan import Plan
 from ipex_vllm.plan.speculation import with_speculation
+from ipex_vllm.serving import json_bodies
 from ipex_vllm.serving.connections import ListeningSocket, quiet_when_full, raise_descriptor_limit
 from ipex_vllm.serving.controller import ControllerClient
 from ipex_vllm.serving.conversation import check_template_name, choose_chat_format
@@ -239,6 +240,7 @@ async def serve(engine_class: type[Engine], options: WorkerOptions, plan: Plan, 
         slots = Slots(options.limit_worker_concurrency, options.limit_worker_queue)
         core = Core(engine, options.names, slots, options.log_prompts)
         openai = await engine.openai_application() if options.openai else None
+        json_bodies.install()
         server = FastChatServer(core, chat_format, options.api_token, openai)
         await warm_up(engine)
         ports.listen(sock)

@@ -48,6 +48,8 @@ class ControllerClient:
         self._get_status = get_status
         self._heartbeat_interval_s = heartbeat_interval_s
         self._retry_interval_s = retry_interval_s
+        # Certificates take a twentieth of a second to read, in which nobody is answered: once, and if there are any.
+        self._certificates = controller_address.startswith("https:") and httpx.create_ssl_context()
         self._is_reachable = True
         self._registered_models: list[str] = []
         self.is_registered = False
@@ -114,7 +116,8 @@ class ControllerClient:
         try:
             # The controller is on this machine or in this network: a proxy from the environment would only lose it.
             # httpx limits each step, and an answer of single bytes has many: the time is that of the whole.
-            async with asyncio.timeout(timeout_s), httpx.AsyncClient(timeout=timeout_s, trust_env=False) as client:
+            client = httpx.AsyncClient(timeout=timeout_s, trust_env=False, verify=self._certificates)
+            async with asyncio.timeout(timeout_s), client:
                 response = await client.post(self._controller_address + path, json=payload)
                 response.raise_for_status()
         except (httpx.HTTPError, TimeoutError) as error:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import logging
 import struct
 import time
@@ -26,6 +25,7 @@ from ipex_vllm.engines.generation import ContextOverflow, Generation, InvalidPar
 from ipex_vllm.serving.connections import ConnectionLimit
 from ipex_vllm.serving.conversation import ChatFormat
 from ipex_vllm.serving.core import Core, Tally, bug_error
+from ipex_vllm.serving.json_bodies import loads
 from ipex_vllm.serving.large_bodies import LargeBodies
 from ipex_vllm.serving.metrics import exposition
 from ipex_vllm.serving.openai import OpenAIServer, request_id
@@ -247,13 +247,14 @@ def as_templated(generation: Generation, chat_format: ChatFormat) -> Generation:
 
 async def read_json(request: Request) -> Any:
     """Return the body as JSON. Raises InvalidParameter."""
-    body = bytearray()
+    parts, size = [], 0
     async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
+        parts.append(part)
+        size += len(part)
+        if size > MAX_BODY_BYTES:
             raise InvalidParameter(f"The request body is larger than {MAX_BODY_BYTES >> 20} MiB.")
     try:
-        return json.loads(body)
+        return loads(b"".join(parts))
     except (ValueError, RecursionError) as error:  # the latter for brackets within thousands of brackets
         raise InvalidParameter(f"The request body is not JSON: {str(error)[:MAX_SHOWN]}.") from error
 

@@ -1,13 +1,11 @@
 """FastChat's worker protocol: requests in, frames and errors out.
 
-Standard library only, so that it imports in any engine's environment. The protocol is FastChat 0.2.36's; see
-docs/protocol.md for each field.
+The protocol is FastChat 0.2.36's; see docs/protocol.md for each field.
 """
 
 from __future__ import annotations
 
 import base64
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +21,7 @@ from ipex_vllm.engines.generation import (
     TokenLogprob,
 )
 from ipex_vllm.serving.core import error_code
+from ipex_vllm.serving.json_bodies import dumps
 
 Number = TypeVar("Number", int, float)
 
@@ -205,23 +204,23 @@ class ChoiceTranscript:
     """One choice's text and log probabilities so far, as FastChat wants them: cumulative."""
 
     prefix: str
-    wants_logprobs: bool
+    logprobs: Logprobs | None  # where they are wanted
     num_tokens: int = 0
     finish_reason: FinishReason | None = None
     _texts: list[str] = field(default_factory=list)
-    _logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def add(self, delta: Delta) -> None:
         self._texts.append(delta.text)
-        self._logprobs.extend(delta.logprobs)
+        if self.logprobs is not None:
+            self.logprobs.add(delta.logprobs)
         self.num_tokens += delta.num_tokens
         self.finish_reason = delta.finish_reason
 
     def payload(self) -> dict[str, Any]:
         self._texts = ["".join(self._texts)]
         payload: dict[str, Any] = {"text": self.prefix + self._texts[0], "finish_reason": self.finish_reason}
-        if self.wants_logprobs:
-            payload["logprobs"] = logprobs_payload(self._logprobs)
+        if self.logprobs is not None:
+            payload["logprobs"] = self.logprobs.payload
         return payload
 
 
@@ -231,7 +230,8 @@ class Transcript:
     def __init__(self, request: GenerateRequest) -> None:
         generation = request.generation
         prefix = generation.prompt if request.echo else ""
-        self.choices = [ChoiceTranscript(prefix, generation.logprobs is not None) for _ in range(generation.n)]
+        wants_logprobs = generation.logprobs is not None
+        self.choices = [ChoiceTranscript(prefix, Logprobs() if wants_logprobs else None) for _ in range(generation.n)]
         self.prompt_tokens = 0
 
     def add(self, delta: Delta) -> None:
@@ -243,7 +243,10 @@ class Transcript:
         return all(choice.finish_reason is not None for choice in self.choices)
 
     def payload(self) -> dict[str, Any]:
-        """One frame's content: the first choice, and all of them under `choices` when there are several."""
+        """One frame's content: the first choice, and all of them under `choices` when there are several.
+
+        Its log probabilities are lists that grow with the next delta: it is to be encoded before.
+        """
         choices = [choice.payload() for choice in self.choices]
         completion_tokens = sum(choice.num_tokens for choice in self.choices)
         payload = {
@@ -262,18 +265,25 @@ class Transcript:
         return payload
 
 
-def logprobs_payload(logprobs: Iterable[TokenLogprob]) -> dict[str, list[Any]]:
-    """OpenAI's legacy completion format; `text_offset` counts characters from the first token."""
-    payload: dict[str, list[Any]] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
-    offset = 0
-    for entry in logprobs:
-        payload["text_offset"].append(offset)
-        top = None if entry.top is None else {token: as_json_number(value) for token, value in entry.top.items()}
-        payload["token_logprobs"].append(None if entry.logprob is None else as_json_number(entry.logprob))
-        payload["tokens"].append(entry.token)
-        payload["top_logprobs"].append(top)
-        offset += len(entry.token)
-    return payload
+class Logprobs:
+    """A choice's log probabilities in OpenAI's legacy completion format.
+
+    Attributes:
+        payload: lists with an entry for each token so far; `text_offset` counts characters from the first token.
+    """
+
+    def __init__(self) -> None:
+        self.payload: dict[str, list[Any]] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
+        self._offset = 0
+
+    def add(self, logprobs: Iterable[TokenLogprob]) -> None:
+        for entry in logprobs:
+            top = None if entry.top is None else {token: as_json_number(value) for token, value in entry.top.items()}
+            self.payload["text_offset"].append(self._offset)
+            self.payload["token_logprobs"].append(None if entry.logprob is None else as_json_number(entry.logprob))
+            self.payload["tokens"].append(entry.token)
+            self.payload["top_logprobs"].append(top)
+            self._offset += len(entry.token)
 
 
 def as_json_number(logprob: float) -> float | None:
@@ -288,4 +298,4 @@ def error_payload(error: RequestError) -> dict[str, Any]:
 
 def encode_frame(payload: Mapping[str, Any]) -> bytes:
     """A frame on the wire: JSON, ended by a zero byte."""
-    return json.dumps(payload, separators=(",", ":")).encode() + b"\0"
+    return dumps(payload) + b"\0"

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import ssl
 import sys
 from asyncio.subprocess import DEVNULL, Process
 from collections.abc import AsyncIterator
@@ -97,3 +98,24 @@ async def test_a_worker_leaves_at_once(controller: ControllerProcess) -> None:
             await client.leave()
             assert controller.models() == ["other-model"]
             assert not client.is_registered
+
+
+async def test_no_heartbeat_reads_certificates(controller: ControllerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[object] = []
+    load = ssl.SSLContext.load_verify_locations
+
+    def counted(context: ssl.SSLContext, *arguments: Any, **options: Any) -> None:
+        read.append(context)
+        load(context, *arguments, **options)
+
+    monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", counted)
+    await controller.start()
+    read.clear()  # the look whether it is up reads them
+    with serving(make_server(FakeEngine())) as url:
+        client = ControllerClient(controller.url, url, lambda: {"model_names": ["m"], "speed": 1, "queue_length": 0})
+        assert await client._register()
+    assert read == []
+    secure = ControllerClient("https://controller.example", "http://127.0.0.1:1", dict)
+    assert len(read) == 1
+    assert isinstance(secure._certificates, ssl.SSLContext)
+    assert secure._certificates.verify_mode is ssl.CERT_REQUIRED
