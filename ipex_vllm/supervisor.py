@@ -122,7 +122,10 @@ class Supervisor:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             env=self._environ | service.environ,
-            start_new_session=True,  # so that Ctrl-C reaches this program alone, and a group can be ended as a whole
+            # A group of its own: Ctrl-C reaches this program alone, and a group can be ended as a whole. But no session
+            # of its own: Linux shares CPUs between sessions first (autogroup), and one that mostly waits, as the API
+            # server's, got none for up to 1.6 s beside an engine that always computes.
+            process_group=0,
             preexec_fn=partial(die_with_parent, service.death_signal),
         )
         task = asyncio.create_task(self._copy_log(service, service.process))

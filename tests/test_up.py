@@ -63,6 +63,17 @@ async def test_a_child_that_dies_before_it_is_ready_is_told_with_its_last_words(
     await supervisor.stop()
 
 
+async def test_children_are_groups_in_this_session() -> None:
+    service = script("worker", "import time; time.sleep(1000)", always)
+    supervisor = Supervisor([service], console(), is_verbose=False)
+    await supervisor.start()
+    assert service.process is not None
+    pid = service.process.pid
+    assert os.getpgid(pid) == pid, "Ctrl-C would reach it"
+    assert os.getsid(pid) == os.getsid(0), "it would have to share the CPUs with an engine's session, and wait"
+    await supervisor.stop()
+
+
 async def test_what_dies_is_started_again_and_all_of_it_is_stopped(tmp_path: Path) -> None:
     starts = tmp_path / "starts"
     child = "import time; time.sleep(1000)"
