@@ -2,15 +2,15 @@
 
     python -m tests.hardship --worker http://127.0.0.1:21002 --api http://127.0.0.1:8000 --pid PID --minutes 10
 
-Fair clients send small requests one after the other, first alone and then, for `--minutes`, beside `--hostile` others:
-readers that are slow or never read, prompts of 15 MiB, clients that leave, and requests that are wrong. Those are in a
-process of their own, or the fair ones would wait for prompts of 15 MiB to be written, and one that takes only what the
-others leave of the machine, where clients are not. Each goes by turns to the
-worker's FastChat endpoint, to its /v1, and to FastChat's API server. Printed are the time to the first token that the
-fair ones saw, what the worker counted beside what its clients saw, what is left behind (slots, KV cache), and whether
-memory and descriptors of each process grow (tests/watch.py).
+Fair clients send small requests one after the other, with a pause between, first alone and then, for `--minutes`,
+beside `--hostile` others: readers that are slow or never read, prompts of 15 MiB, clients that leave, and requests
+that are wrong. Those are in a process of their own, or the fair ones would wait for prompts of 15 MiB to be written,
+and one that takes only what the others leave of the machine, where clients are not. Each goes by turns to the worker's
+FastChat endpoint, to its /v1, and to FastChat's API server. Printed are the time to the first token that the fair ones
+saw, what the worker counted beside what its clients saw, what is left behind (slots, KV cache), and whether memory and
+descriptors of each process grow (tests/watch.py).
 
-With few clients that pause it is a soak: `--fair 2 --hostile 5 --pause 2 --minutes 60 --plot soak.png`.
+With few clients that pause it is a soak: `--fair 2 --fair-pause 2 --hostile 5 --pause 2 --minutes 60 --plot soak.png`.
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ async def run(options: argparse.Namespace) -> None:
     async def phase(minutes: float) -> None:
         until = time.monotonic() + 60 * minutes
         async with asyncio.TaskGroup() as group:
-            group.create_task(clients.repeat([clients.fair] * options.fair, until, options.pause))
+            group.create_task(clients.repeat([clients.fair] * options.fair, until, options.fair_pause))
             group.create_task(sample(watch, until))
 
     await phase(options.calm_minutes)
@@ -295,10 +295,11 @@ def main() -> None:
     parser.add_argument("--pid", type=int, required=True, help="the process whose tree is watched")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--calm-minutes", type=float, default=1.0)
-    parser.add_argument("--fair", type=int, default=4, help="clients")
+    parser.add_argument("--fair", type=int, default=3, help="clients; as many as slots are kept for small requests")
     parser.add_argument("--hostile", type=int, default=40, help="clients; ten times the slots is an overload")
     parser.add_argument("--kinds", nargs="+", choices=HOSTILE_KINDS, default=HOSTILE_KINDS, help="of hostile clients")
-    parser.add_argument("--pause", type=float, default=0.0, help="seconds between two requests of a client, on average")
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds between a hostile client's requests")
+    parser.add_argument("--fair-pause", type=float, default=0.5, help="the same of a fair client, on average too")
     parser.add_argument("--client-timeout", type=float, default=5.0, help="the worker's, in seconds")
     parser.add_argument("--plot", type=Path, help="write memory and descriptors over time there")
     asyncio.run(run(parser.parse_args()))
