@@ -19,6 +19,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.model_executor.layers.activation import XIELU
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.v1.sample import sampler
 
 from ipex_vllm import fastchat_requests
 from ipex_vllm.low_bit.formats import FORMATS
@@ -204,6 +205,9 @@ def test_vllms_openai_api_still_drops_what_a_refusal_does_not_send_there(name: s
     assert set(fastchat_requests.RENAMED.values()) <= ChatCompletionRequest.model_fields.keys()
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.ops._C, "causal_conv1d_fwd_cpu"), reason="vLLM's library for this CPU has no such operator"
+)
 def test_the_convolution_of_gated_linear_attention_still_refuses_a_token_by_its_strides() -> None:
     """Once it does not, `convolve_even_one` is not needed; the matrix's Qwen3.5 begins with a prompt of one token."""
     rows = torch.randn(2, 64, dtype=torch.bfloat16)
@@ -247,3 +251,13 @@ def test_an_instruction_set_that_the_compiler_does_not_know_is_not_compiled_for(
 ) -> None:
     monkeypatch.setattr(VecAVX2, "_arch_flags", "-mavx2 -mavx4096")
     assert not upstream.ask_compiler(VecAVX2(), VecISA._avx_code)
+
+
+def test_ranks_are_still_compiled_at_the_first_request_that_asks_for_them() -> None:
+    """Once they are not, `upstream.mend` need not touch them."""
+    assert hasattr(upstream.rank_compiled, "_torchdynamo_orig_callable")
+    upstream.mend()
+    assert not hasattr(sampler.batched_count_greater_than, "_torchdynamo_orig_callable")
+    logprobs = torch.tensor([[-1.0, -3.0, -2.0], [-0.5, -0.25, -4.0]])
+    chosen = torch.tensor([[-3.0], [-0.25]])
+    assert sampler.batched_count_greater_than(logprobs, chosen).tolist() == [3, 1]

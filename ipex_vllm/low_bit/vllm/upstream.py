@@ -22,6 +22,7 @@ from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.platforms import current_platform
+from vllm.v1.sample import sampler
 
 from ipex_vllm.low_bit.vllm import alike_layers, attention, json_strings, picture_attention, speculation
 from ipex_vllm.low_bit.vllm.config import LowBitConfig
@@ -34,6 +35,7 @@ make_store = rendezvous._create_c10d_store
 make_xielu = XIELU.__init__
 probe = VecISA.check_build
 convolve = gdn_attention._causal_conv1d_fwd_cpu
+rank_compiled = sampler.batched_count_greater_than
 
 
 def mend() -> None:
@@ -53,6 +55,8 @@ def mend() -> None:
         RotaryEmbedding.forward_cpu = rotate_heads
         gdn_attention._causal_conv1d_fwd_cpu = convolve_even_one
         cpu_router.CPURouter._compute_routing = route_with_bias
+        # Compiled at the first request that asks for log probabilities, for three seconds in which no stream goes on.
+        sampler.batched_count_greater_than = rank_compiled._torchdynamo_orig_callable
 
 
 def allow_amx() -> None:
