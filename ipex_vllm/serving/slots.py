@@ -2,8 +2,8 @@
 
 Small requests go before large ones: each waits as if it had come later than it did, by `WAIT_PER_TOKEN_S` a token of
 its size, but by no more than `LONGEST_WAIT_S`, so that none waits for ever. Slots are kept for small ones, or a few
-long texts would hold up all short ones for as long as they take: for as many as there were at once in the last
-`RECENT_S` seconds, at least one in `SHARE`; the same share is left to large ones, whatever comes.
+long texts would hold up all short ones for as long as they take: for `HEADROOM` times as many as there were at once in
+the last `RECENT_S` seconds, at least one in `SHARE`; the same share is left to large ones, whatever comes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ipex_vllm.engines.generation import RequestError
 SMALL = 128  # tokens
 SHARE = 4
 RECENT_S = 10.0
+HEADROOM = 2  # small ones come in bursts, and each large one in their place is there for long
 WAIT_PER_TOKEN_S = 0.01
 LONGEST_WAIT_S = 30.0
 
@@ -122,7 +123,7 @@ class Slots:
         now = time.monotonic()
         if self._num_small >= self._most_small or now - self._most_small_at >= RECENT_S:
             self._most_small, self._most_small_at = self._num_small, now
-        kept = max(self._most_small, self._least_share)
+        kept = max(HEADROOM * self._most_small, self._least_share)
         return max(self.limit - kept, self._least_share, 1)
 
     def cut_off(self) -> None:

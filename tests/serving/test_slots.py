@@ -88,7 +88,7 @@ async def test_large_requests_leave_one_slot_in_four_to_small_ones() -> None:
     await requests.leave_all()
 
 
-async def test_slots_are_kept_for_as_many_small_requests_as_there_were_at_once(clock: list[float]) -> None:
+async def test_slots_are_kept_for_twice_as_many_small_requests_as_there_were_at_once(clock: list[float]) -> None:
     slots = Slots(8, 20)
     requests = Requests(slots)
     for number in range(8):
@@ -100,12 +100,15 @@ async def test_slots_are_kept_for_as_many_small_requests_as_there_were_at_once(c
     assert requests.begun[-1] == "small 2"
     for number in range(3):
         await requests.end(f"small {number}")
-    assert (slots.num_in_use, slots.num_waiting) == (5, 2)  # three are kept
+    assert (slots.num_in_use, slots.num_waiting) == (5, 2)
     clock[0] += RECENT_S - 1
-    await requests.end("large 1")
+    for number in range(1, 4):
+        await requests.end(f"large {number}")
+    assert (slots.num_in_use, slots.num_waiting) == (2, 2)  # six are kept
+    await requests.end("large 4")
     assert requests.begun[-1] == "large 6"
     clock[0] += 1
-    await requests.end("large 2")  # nobody small came: all but two are the large ones'
+    await requests.end("large 5")  # nobody small came: all but two are the large ones'
     assert requests.begun[-1] == "large 7"
     await requests.leave_all()
 
