@@ -1,6 +1,6 @@
 """Large request bodies are read no faster than leaves time for everybody else's requests.
 
-JSON is read in one go, in which the process does nothing else: a twentieth of a second for a body of 15 MiB. What lies
+JSON is read in one go, in which the process does nothing else, and each MiB takes milliseconds to receive. What lies
 beyond the first `LARGE` bytes of a body is therefore taken from all clients together at no more than a given rate, and
 the rest stays with them.
 """
