@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 # The rounding of the result itself, and what float32 may lose over the groups.
@@ -13,6 +14,9 @@ def isas() -> list[int]:
     flags = Path("/proc/cpuinfo").read_text().split()
     known = ((1, "avx2"), (2, "avx_vnni"), (3, "avx512_vnni"), (4, "amx_int8"))
     return [isa for isa, flag in known if flag in flags]
+
+
+several_isas = pytest.mark.skipif(len(isas()) < 2, reason="this CPU has AVX2 alone, and nothing to compare it with")
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, step: int) -> torch.Tensor:

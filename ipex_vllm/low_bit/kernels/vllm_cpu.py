@@ -24,6 +24,12 @@ def operators() -> frozenset[str]:
     return frozenset(name for name in names if hasattr(torch.ops._C, name))
 
 
+def has_vnni() -> bool:
+    """Whether this CPU adds four products of 8-bit integers in 32 bits."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni"))
+
+
 class OneDnnInt8Linear(LowBitLinear):
     """oneDNN's W8A8, as vLLM wraps it: int8 weights per output channel, activations quantized to int8 per token."""
 
@@ -33,7 +39,11 @@ class OneDnnInt8Linear(LowBitLinear):
 
     @classmethod
     def missing(cls) -> str | None:
-        return None if "onednn_scaled_mm" in operators() else "needs vLLM's CPU library"
+        if "onednn_scaled_mm" not in operators():
+            return "needs vLLM's CPU library"
+        if not has_vnni():
+            return "needs a CPU with VNNI, without which oneDNN cuts sums of two products off at 16 bits"
+        return None
 
     def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
         super().__init__(weight, dtype)
