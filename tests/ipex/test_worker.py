@@ -160,7 +160,13 @@ def test_embeddings_are_normalised_means(url: str, plain: Any, tokenizer: Any) -
         torch.testing.assert_close(torch.tensor(vector), expected.detach(), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("low_bit", ["bf16", "sym_int8", "sym_int4"])
+needs_avx512 = pytest.mark.skipif(
+    not {"avx512bw", "avx512vl", "avx512dq"}.issubset(Path("/proc/cpuinfo").read_text().split()),
+    reason="the extension packs bfloat16 for AVX-512 alone",
+)
+
+
+@pytest.mark.parametrize("low_bit", [pytest.param("bf16", marks=needs_avx512), "sym_int8", "sym_int4"])
 def test_each_format_answers_and_drains(low_bit: str, tmp_path: Path) -> None:
     with worker(tmp_path / "worker", "--model-path", "demo", "--low-bit", low_bit) as running:
         question = "<|im_start|>user\nWhat does itertools.chain do?<|im_end|>\n<|im_start|>assistant\n"
