@@ -21,6 +21,7 @@ from transformers import (
 
 from benchmarks.checkpoints import LAYOUTS, write
 from ipex_vllm.low_bit import UPSTREAM_KERNELS
+from ipex_vllm.low_bit.kernels.vllm_cpu import operators
 from tests.low_bit_logprobs import PROMPT
 from tests.test_low_bit_vllm import LINEARS, Result, run_vllm
 from tests.test_low_bit_vllm import SHAPE as WITH_ANY_HEAD
@@ -157,6 +158,7 @@ def test_8_bit_floats_are_multiplied_by_activations_as_they_are(
     assert "fp8_e4m3: 2 layers use the kernel experts" in run.log
 
 
+@pytest.mark.skipif("cpu_gemm_wna16" not in operators(), reason="vLLM's library for AVX2 alone multiplies no 4 bits")
 def test_the_user_may_leave_them_to_upstream_which_reads_the_same(
     models: dict[str, tuple[Path, torch.Tensor]], results: dict[str, Result]
 ) -> None:
