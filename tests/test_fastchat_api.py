@@ -19,6 +19,7 @@ from ipex_vllm.serving.chat_template import ChatTemplate
 from ipex_vllm.serving.conversation import NOTATION, ChatFormat, as_json
 from ipex_vllm.serving.core import Core
 from ipex_vllm.serving.fastchat import FastChatServer
+from ipex_vllm.serving.large_bodies import MAX_BODY_BYTES
 from ipex_vllm.serving.slots import Slots
 from tests.processes import Stack, fastchat_stack
 from tests.support import FakeEngine, raw_post
@@ -172,6 +173,12 @@ def test_a_completion_that_cannot_be_had_is_refused_in_words(stack: Stack, body:
     answer = complete(stack, **body)
     assert answer.status_code == 400
     assert answer.json()["error"]["message"]
+
+
+def test_a_body_of_more_than_the_bound_is_refused(stack: Stack) -> None:
+    answer = complete(stack, prompt="p" * MAX_BODY_BYTES)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "The request body is larger than 16 MiB."
 
 
 def test_no_odd_body_is_a_traceback(stack: Stack) -> None:

@@ -26,7 +26,7 @@ from ipex_vllm.serving.connections import ConnectionLimit
 from ipex_vllm.serving.conversation import ChatFormat
 from ipex_vllm.serving.core import Core, Tally, bug_error
 from ipex_vllm.serving.json_bodies import loads
-from ipex_vllm.serving.large_bodies import LargeBodies
+from ipex_vllm.serving.large_bodies import LargeBodies, TooLarge, whole_body
 from ipex_vllm.serving.metrics import exposition
 from ipex_vllm.serving.openai import OpenAIServer, request_id
 from ipex_vllm.serving.protocol import (
@@ -48,7 +48,6 @@ Result = TypeVar("Result")
 # merged into the next frame. So the cost of a token does not grow with the text before it.
 FRAME_BYTES_PER_S = 64 * 1024
 MIN_FRAME_INTERVAL_S = 0.02
-MAX_BODY_BYTES = 16 << 20
 LARGE_BODY_BYTES_PER_S = 16 << 20  # a twentieth to a tenth of the time, at 3 to 7 ms for a MiB, in small pieces
 # FastChat's API server and web UI end a stream that is silent for 100 s, without an error. They skip an empty frame.
 SIGN_OF_LIFE_S = 15.0
@@ -247,14 +246,10 @@ def as_templated(generation: Generation, chat_format: ChatFormat) -> Generation:
 
 async def read_json(request: Request) -> Any:
     """Return the body as JSON. Raises InvalidParameter."""
-    parts, size = [], 0
-    async for part in request.stream():
-        parts.append(part)
-        size += len(part)
-        if size > MAX_BODY_BYTES:
-            raise InvalidParameter(f"The request body is larger than {MAX_BODY_BYTES >> 20} MiB.")
     try:
-        return loads(b"".join(parts))
+        return loads(await whole_body(request))
+    except TooLarge as error:
+        raise InvalidParameter(str(error)) from error
     except (ValueError, RecursionError) as error:  # the latter for brackets within thousands of brackets
         raise InvalidParameter(f"The request body is not JSON: {str(error)[:MAX_SHOWN]}.") from error
 

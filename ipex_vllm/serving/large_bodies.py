@@ -1,4 +1,4 @@
-"""Large request bodies are read no faster than leaves time for everybody else's requests.
+"""Large request bodies are bounded, and read no faster than leaves time for everybody else's requests.
 
 JSON is read in one go, in which the process does nothing else, and each MiB takes milliseconds to receive. What lies
 beyond the first `LARGE` bytes of a body is therefore taken from all clients together at no more than a given rate, and
@@ -10,9 +10,26 @@ from __future__ import annotations
 import asyncio
 import time
 
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+MAX_BODY_BYTES = 16 << 20
 LARGE = 256 << 10  # bytes; some 60 000 tokens of English
+
+
+class TooLarge(Exception):
+    """The message is for the client."""
+
+
+async def whole_body(request: Request) -> bytes:
+    """A request's body. Raises TooLarge, and ClientDisconnect where the client goes away."""
+    parts, size = [], 0
+    async for part in request.stream():
+        parts.append(part)
+        size += len(part)
+        if size > MAX_BODY_BYTES:
+            raise TooLarge(f"The request body is larger than {MAX_BODY_BYTES >> 20} MiB.")
+    return b"".join(parts)
 
 
 class LargeBodies:

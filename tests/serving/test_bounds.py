@@ -11,6 +11,7 @@ import pytest
 
 from ipex_vllm.engines.generation import InternalError
 from ipex_vllm.engines.vllm_requests import request_error
+from ipex_vllm.serving.large_bodies import MAX_BODY_BYTES
 from tests.support import FakeEngine, generate, make_server, serving, split_frames
 
 LONG = "x" * 10**6
@@ -77,6 +78,11 @@ def test_half_a_surrogate_is_no_text_in_other_fields_either(name: str) -> None:
 
 def test_brackets_within_brackets_are_no_json() -> None:
     assert "not JSON: maximum recursion depth" in refused("/worker_generate", b"[" * 10**6)
+
+
+@pytest.mark.parametrize("path", ["/worker_generate", "/worker_generate_stream", "/count_token"])
+def test_a_body_of_more_than_the_bound_is_refused(path: str) -> None:
+    assert refused(path, b'{"prompt": "%s"}' % bytes(MAX_BODY_BYTES)) == "The request body is larger than 16 MiB."
 
 
 def test_what_the_engine_library_refuses_is_told_in_part() -> None:
