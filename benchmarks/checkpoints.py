@@ -200,18 +200,40 @@ def fp8_config(group_size: int) -> dict[str, Any]:
     return {**common, "weight_block_size": [group_size, group_size]}
 
 
-def compressed_fp8_config(_: int) -> dict[str, Any]:
-    common = {"num_bits": 8, "type": "float", "symmetric": True}
-    weights = {**common, "strategy": "channel", "dynamic": False}
-    activations = {**common, "strategy": "token", "dynamic": True}
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "float-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": ["lm_head", "re:.*mlp.gate$"],
-    }
+def int8(is_dynamic: bool) -> Store:
+    """Round to 8-bit integers with a scale an output; or with one for all, and one and a zero point for activations."""
+
+    def store(weight: torch.Tensor, _: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        largest = weight.float().abs().amax(1, keepdim=True)
+        scales = (largest if is_dynamic else largest.max().reshape(1)).clamp(min=1e-12) / 127
+        codes = (weight.float() / scales).round().to(torch.int8)
+        tensors = {"weight": codes, "weight_scale": scales}
+        if not is_dynamic:
+            tensors |= {"input_scale": torch.tensor([0.05]), "input_zero_point": torch.tensor([-3], dtype=torch.int8)}
+        return tensors, codes.float() * scales
+
+    return store
+
+
+def compressed_config_of_8_bits(
+    type_name: str, format: str, is_dynamic: bool = True
+) -> Callable[[int], dict[str, Any]]:
+    """Weights have a scale an output and activations one a token; or both one for all, and activations a zero point."""
+
+    def config(_: int) -> dict[str, Any]:
+        common = {"num_bits": 8, "type": type_name}
+        weights = {**common, "strategy": "channel" if is_dynamic else "tensor", "symmetric": True, "dynamic": False}
+        own = {"strategy": "token" if is_dynamic else "tensor", "symmetric": is_dynamic, "dynamic": is_dynamic}
+        group = {"targets": ["Linear"], "weights": weights, "input_activations": {**common, **own}}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": format,
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": ["lm_head", "re:.*mlp.gate$"],
+        }
+
+    return config
 
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -271,7 +293,9 @@ LAYOUTS = {
     "compressed-tensors": Layout(SYMMETRIC, integers(compressed_tensors, True), compressed_config(True)),
     "compressed-tensors-asym": Layout(ASYMMETRIC, integers(compressed_tensors, False), compressed_config(False)),
     "fp8-blocks": Layout("fp8_e4m3", fp8(128, "weight_scale_inv"), fp8_config),
-    "fp8-channels": Layout("fp8_e4m3", fp8(0, "weight_scale"), compressed_fp8_config),
+    "fp8-channels": Layout("fp8_e4m3", fp8(0, "weight_scale"), compressed_config_of_8_bits("float", "float-quantized")),
+    "int8-channels": Layout("sym_int8", int8(True), compressed_config_of_8_bits("int", "int-quantized")),
+    "int8-static": Layout("sym_int8", int8(False), compressed_config_of_8_bits("int", "int-quantized", False)),
     "mxfp4": Layout("fp4", mxfp4_tensors, compressed_mxfp4_config),
     "gpt-oss": Layout("fp4", gpt_oss_tensors, gpt_oss_config, of_experts=True),
 }

@@ -102,6 +102,8 @@ def results(
         "dense awq, upstream": arguments_of("dense awq", dtype="bfloat16", **upstream),
         "dense gptq-asym, upstream": arguments_of("dense gptq-asym", dtype="bfloat16", **upstream),
         "dense mxfp4, served": arguments_of("dense mxfp4", dtype="bfloat16"),
+        "dense int8-channels, served": arguments_of("dense int8-channels", dtype="bfloat16"),
+        "dense int8-static, served": arguments_of("dense int8-static", dtype="bfloat16"),
         "experts awq, 2 ranks": arguments_of("experts awq", tensor_parallel_size=2),
         "gpt-oss": arguments_of("gpt-oss"),
         "gpt-oss, 2 ranks": arguments_of("gpt-oss", dtype="bfloat16", tensor_parallel_size=2),
@@ -129,6 +131,8 @@ def test_the_codes_stand_for_what_the_tool_meant(
         "dense awq, served",
         "dense gptq-act-order, compiled",
         "dense mxfp4, served",
+        "dense int8-channels, served",
+        "dense int8-static, served",
         "gpt-oss",
         "gpt-oss, 2 ranks",
         "gpt-oss, experts over 2 ranks",
@@ -141,7 +145,7 @@ def test_with_8_bit_activations_the_rest_is_the_same(
 ) -> None:
     _, wanted = models[run.partition(",")[0]]
     assert (results[run].logprobs - wanted).abs().mean() < 0.06
-    kernel = "w4a8" if run.startswith("dense") else "experts"
+    kernel = "w8a8" if "int8" in run else "w4a8" if run.startswith("dense") else "experts"
     assert f"layers use the kernel {kernel}" in results[run].log
     assert "activations rounded to 8 bits" in results[run].log
 

@@ -19,8 +19,8 @@ from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8MoEMethod
 from ipex_vllm.low_bit.quantize import QuantizedWeight
 from ipex_vllm.low_bit.recipe import EXPERT_TILE
 from ipex_vllm.low_bit.vllm.experts import unsuitable_reason
-from ipex_vllm.low_bit.vllm.fp8_kernels import E4M3, block_scales, group_size
 from ipex_vllm.low_bit.vllm.int4_kernel import leaves_to_upstream
+from ipex_vllm.low_bit.vllm.scaled_kernels import E4M3, block_scales, group_size
 from ipex_vllm.low_bit.vllm.stored_experts import StoredExperts
 
 UPSTREAM_BLOCK = [128, 128]

@@ -9,9 +9,9 @@ from ipex_vllm.low_bit.readers import FORMATS_OF_FILES, gguf
 from ipex_vllm.low_bit.vllm import upstream
 from ipex_vllm.low_bit.vllm.checkpoints import register_checkpoints
 from ipex_vllm.low_bit.vllm.config import CONFIGS
-from ipex_vllm.low_bit.vllm.fp8_kernels import register_fp8_kernels
 from ipex_vllm.low_bit.vllm.gguf import GgufConfig
 from ipex_vllm.low_bit.vllm.loader import FilesLoader
+from ipex_vllm.low_bit.vllm.scaled_kernels import register_scaled_kernels
 
 
 def register() -> None:
@@ -21,6 +21,6 @@ def register() -> None:
         register_quantization_config(config_class.get_name())(config_class)
     register_quantization_config(gguf.METHOD)(GgufConfig)
     register_checkpoints()
-    register_fp8_kernels()
+    register_scaled_kernels()
     for load_format in FORMATS_OF_FILES:
         register_model_loader(load_format)(FilesLoader)

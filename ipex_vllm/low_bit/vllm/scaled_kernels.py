@@ -1,13 +1,15 @@
-"""Our matmul as two of vLLM's kernels for checkpoints in 8-bit floats: with a scale an output, and in blocks.
+"""Our matmuls as vLLM's kernels for checkpoints of 8 bits: integers, and floats, with a scale an output or in blocks.
 
-Activations stay as they are. On CPUs vLLM 0.32 has none for blocks without AMX, and rounds activations to 8-bit floats
-in the others.
+On CPUs vLLM 0.32 has none for blocks of floats without AMX, and rounds activations to 8-bit floats in the others; ours
+leaves them as they are. Integers it gives to oneDNN where there is no AMX, which is wrong without VNNI: it adds
+products in pairs and cuts the sum off at 16 bits. Ours rounds activations itself, in groups of inputs, where the
+checkpoint has one scale for a token or for all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -16,12 +18,16 @@ from vllm.model_executor.kernels.linear import (
     Fp8BlockScaledMMLinearKernel,
     FP8ScaledMMLinearKernel,
     FP8ScaledMMLinearLayerConfig,
+    Int8ScaledMMLinearKernel,
+    Int8ScaledMMLinearLayerConfig,
 )
 from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUFp8PerTensorScaledMMLinearKernel
 from vllm.platforms import PlatformEnum, current_platform
 
-from ipex_vllm.low_bit.formats import FORMATS
+from ipex_vllm.low_bit.formats import FORMATS, Format
 from ipex_vllm.low_bit.kernels import w8a16
+from ipex_vllm.low_bit.kernels.base import LowBitLinear
+from ipex_vllm.low_bit.kernels.w8a8 import W8A8Linear
 from ipex_vllm.low_bit.kernels.w8a16 import W8A16Linear
 from ipex_vllm.low_bit.linear import make_linear
 from ipex_vllm.low_bit.quantize import QuantizedWeight
@@ -31,25 +37,26 @@ from ipex_vllm.low_bit.vllm.progress import CheckpointProgress
 E4M3 = FORMATS["fp8_e4m3"]
 
 
-class Fp8Kernel:
-    """What both share, before vLLM's base class."""
+class ScaledKernel:
+    """What all of them share, before vLLM's base class."""
 
-    config: FP8ScaledMMLinearLayerConfig
+    format: ClassVar[Format]
+    computed_by: ClassVar[type[LowBitLinear]]
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
         if not current_platform.is_cpu():
             return False, "is for CPUs"
-        reason = W8A16Linear.missing()
+        reason = cls.computed_by.missing()
         return reason is None, reason
 
     def start(self) -> None:
         self.progress = CheckpointProgress.of_the_model()
         self.progress.expect_layer()
 
-    def finish(self, layer: Any, codes: torch.Tensor, scales: torch.Tensor) -> None:
-        """Pack the weight with these codes [out, in] and scales [out, groups]."""
-        layer.low_bit = make_linear(QuantizedWeight(E4M3, codes.contiguous(), scales), self.config.input_dtype)
+    def finish(self, layer: Any, codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> None:
+        """Pack the weight with these codes [out, in] and scales [out, groups], for activations of this dtype."""
+        layer.low_bit = make_linear(QuantizedWeight(self.format, codes.contiguous(), scales), dtype)
         self.progress.finish_layer(layer.low_bit)
 
     def apply_weights(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None, **_: Any) -> torch.Tensor:
@@ -65,6 +72,32 @@ def drop(layer: Any, names: Iterable[str], dtype: torch.dtype) -> None:
     if not getattr(layer, "_cpu_skip_gemm_dispatch", False):
         for name in names:
             setattr(layer, name, nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False))
+
+
+class IpexInt8LinearKernel(ScaledKernel, Int8ScaledMMLinearKernel):  # type: ignore[misc]
+    format = FORMATS["sym_int8"]
+    computed_by = W8A8Linear
+
+    @classmethod
+    def can_implement(cls, c: Int8ScaledMMLinearLayerConfig) -> tuple[bool, str | None]:
+        return not leaves_to_upstream(), "--upstream-kernels asks for another"
+
+    def __init__(self, c: Int8ScaledMMLinearLayerConfig, layer_param_names: Any) -> None:
+        super().__init__(c, layer_param_names)
+        self.start()
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        weight, scale, *_ = self._get_layer_params(layer)  # the weight as [out, in]
+        scales, dtype = scale.data.float().flatten(), torch.get_default_dtype()
+        if not self.config.is_channelwise:  # one for each of the layers that are merged in this one
+            scales = scales.repeat_interleave(torch.tensor(layer.logical_widths))
+        self.finish(layer, weight.data, scales.unsqueeze(1), dtype)
+        drop(layer, self.layer_param_names[:2], dtype)
+
+
+class Fp8Kernel(ScaledKernel):
+    format = E4M3
+    computed_by = W8A16Linear
 
 
 class IpexFp8LinearKernel(Fp8Kernel, FP8ScaledMMLinearKernel):  # type: ignore[misc]
@@ -85,7 +118,7 @@ class IpexFp8LinearKernel(Fp8Kernel, FP8ScaledMMLinearKernel):  # type: ignore[m
         weight, scale, _, _ = self._get_layer_params(layer)  # the weight as [in, out]
         codes = weight.data.t()
         scales = scale.data.float().reshape(-1, 1).expand(len(codes), 1).contiguous()
-        self.finish(layer, codes, scales)
+        self.finish(layer, codes, scales, self.config.input_dtype)
         drop(layer, self.layer_param_names[:2], self.config.input_dtype)
 
     def apply_scaled_mm(self, **_: Any) -> torch.Tensor:
@@ -112,7 +145,8 @@ class IpexFp8BlockLinearKernel(Fp8Kernel, Fp8BlockScaledMMLinearKernel):  # type
     def process_weights_after_loading(self, layer: Any) -> None:
         parameters = self._get_layer_params(layer)
         codes, block = parameters.weight.data, self.weight_group_shape
-        self.finish(layer, codes, block_scales(parameters.block_scale.data, codes.shape, (block.row, block.col)))
+        scales = block_scales(parameters.block_scale.data, codes.shape, (block.row, block.col))
+        self.finish(layer, codes, scales, self.config.input_dtype)
         drop(layer, (parameters.WEIGHT, parameters.block_scale_attr), self.config.input_dtype)
 
     def apply_block_scaled_mm(self, *_: torch.Tensor, **__: torch.Tensor) -> torch.Tensor:
@@ -134,10 +168,12 @@ def block_scales(scales: torch.Tensor, shape: Sequence[int], block: Sequence[int
     return rows.repeat_interleave(width // size, dim=1)[:, : inputs // size].contiguous()
 
 
-def register_fp8_kernels() -> None:
-    """Put the kernels before those of vLLM that round activations, and after those for AMX; once is enough."""
+def register_scaled_kernels() -> None:
+    """Put the kernels before those of vLLM that round activations, floats' after those for AMX; once is enough."""
+    integers = kernels._POSSIBLE_INT8_KERNELS[PlatformEnum.CPU]
     dense = kernels._POSSIBLE_FP8_KERNELS[PlatformEnum.CPU]
     blocks = kernels._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU]
     if IpexFp8LinearKernel not in dense:
+        integers.insert(0, IpexInt8LinearKernel)
         dense.insert(dense.index(CPUFp8PerTensorScaledMMLinearKernel) + 1, IpexFp8LinearKernel)
         blocks.append(IpexFp8BlockLinearKernel)
