@@ -36,6 +36,9 @@ SOURCES = {
     CSRC / "w8a16/avx2.cpp": AVX2,
     CSRC / "w8a16/avx512.cpp": AVX512,
     CSRC / "w8a16/avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+    CSRC / "w16a16/w16a16.cpp": [],
+    CSRC / "w16a16/avx2.cpp": AVX2,
+    CSRC / "w16a16/avx512.cpp": AVX512,
     CSRC / "experts/experts.cpp": [],
     # No fused multiplication but those that are written: every instruction set gives the same bits.
     CSRC / "experts/avx2.cpp": [*AVX2, "-ffp-contract=off"],

@@ -164,7 +164,8 @@ class WorkerOptions:
         alone="",
     )
     upstream_kernels: bool = option(
-        "leave checkpoints that are quantized already (AWQ, GPTQ, ...) to vLLM's own kernels", False
+        "leave what is quantized already (AWQ, GPTQ, ...), and what stays in 16 bits, to vLLM's own kernels",
+        False,
     )
     speculative: Speculative = option(
         "speculative decoding: several tokens a step, drafted by looking them up in the text so far (ngram) or by a "

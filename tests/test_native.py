@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ipex_vllm.low_bit import native
-from ipex_vllm.low_bit.kernels import w4a8, w8a8, w8a16
+from ipex_vllm.low_bit.kernels import w4a8, w8a8, w8a16, w16a16
 
 ROOT = Path(__file__).parents[1]
 CPU_FLAGS = Path("/proc/cpuinfo").read_text().split()
@@ -22,6 +22,7 @@ ISA_FLAGS = {
     "w4a8": [{"avx2"}, {"avx_vnni", "avx512_vnni"}, {"avx512_vnni"}, {"amx_int8"}],
     "w8a8": [{"avx2"}, {"avx_vnni", "avx512_vnni"}, {"avx512_vnni"}, {"amx_int8"}],
     "w8a16": [{"avx2"}, {"avx512bw"}, {"avx512_bf16"}],
+    "w16a16": [{"avx2"}, {"avx512bw"}],
     "rounding": [{"avx2"}, {"avx512bw"}],
     "experts": [{"avx2"}, {"avx_vnni", "avx512_vnni"}, {"avx512_vnni"}, {"amx_int8"}],
 }
@@ -30,7 +31,7 @@ PARTS = {"experts": ("w4a8", "w8a8", "w8a16")}
 
 THREAD_COUNT = """
 import os, torch
-from ipex_vllm.low_bit.kernels import w4a8, w8a8, w8a16
+from ipex_vllm.low_bit.kernels import w4a8, w8a8, w8a16, w16a16
 torch.set_num_threads(3)
 torch.randn(512, 512) @ torch.randn(512, 512)
 torch.randn(1 << 22).exp()
@@ -41,6 +42,7 @@ packed = w8a8.pack(torch.zeros(1024, 512, dtype=torch.int8), torch.ones(1024, 1)
 w8a8.linear(torch.randn(64, 512), packed, None, 1024, w8a8.ROW)
 codes = torch.zeros(1024, 512).to(torch.float8_e4m3fn)
 w8a16.linear(torch.randn(64, 512), w8a16.pack(codes, torch.ones(1024, 1)), None, 1024, w8a16.ROW, codes.dtype)
+w16a16.linear(torch.randn(64, 512), w16a16.pack(torch.zeros(1024, 512).bfloat16()), None, 1024)
 print(before, len(os.listdir("/proc/self/task")))
 """
 
@@ -55,13 +57,13 @@ def test_the_kernels_run_on_the_threads_that_torch_has(preload):
     assert before == after >= 3
 
 
-@pytest.mark.parametrize("kernel", [w4a8, w8a8, w8a16])
+@pytest.mark.parametrize("kernel", [w4a8, w8a8, w8a16, w16a16])
 def test_without_the_library_the_reason_says_what_to_do(kernel, monkeypatch, tmp_path):
     monkeypatch.setattr(native, "LIBRARY", tmp_path / "libkernels.so")
     assert "install a C++ compiler" in kernel.unavailable_reason()
 
 
-@pytest.mark.parametrize("kernel", [w4a8, w8a8, w8a16])
+@pytest.mark.parametrize("kernel", [w4a8, w8a8, w8a16, w16a16])
 def test_a_library_that_does_not_load_is_a_reason(kernel, monkeypatch, tmp_path):
     monkeypatch.setattr(native, "LIBRARY", tmp_path / "libkernels.so")
     native.LIBRARY.write_bytes(b"not a library")
@@ -83,7 +85,7 @@ def test_a_library_of_another_version_or_an_old_torch_is_a_reason(source, reason
 
 LEAK = """
 import torch
-from ipex_vllm.low_bit.kernels import w4a8, w8a8, w8a16
+from ipex_vllm.low_bit.kernels import w4a8, w8a8, w8a16, w16a16
 
 def resident_kib():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1])
@@ -93,6 +95,7 @@ def call():
     w4a8.linear(x, packed, bias, 64, 128, True)
     w8a8.linear(x, packed_int8, bias, 64, w8a8.ROW)
     w8a16.linear(x, packed_fp8, bias, 64, w8a16.ROW, torch.float8_e4m3fn)
+    w16a16.linear(x, packed_bf16, bias, 64)
     try:
         w4a8.linear(x, packed, bias, 65, 128, True)
     except RuntimeError:
@@ -102,6 +105,7 @@ def call():
 weights = torch.zeros(64, 128)
 packed = w4a8.pack(weights.byte(), torch.ones(64, 1), None)
 packed_int8 = w8a8.pack(weights.char(), torch.ones(64, 1))
+packed_bf16 = w16a16.pack(weights.bfloat16())
 packed_fp8 = w8a16.pack(weights.to(torch.float8_e4m3fn), torch.ones(64, 1))
 for _ in range(5):
     call()

@@ -32,7 +32,7 @@ from ipex_vllm.engines.vllm_pooling import embed
 from ipex_vllm.engines.vllm_requests import OutputReader, request_error, sampling_params
 from ipex_vllm.engines.vllm_speculation import apply_speculation, check_speculation, no_speculation
 from ipex_vllm.errors import EngineError, OptionError
-from ipex_vllm.low_bit import LOW_BIT_CACHE, UPSTREAM_KERNELS, quantization_line, vllm_arguments
+from ipex_vllm.low_bit import LOW_BIT_CACHE, OWN_16_BITS, UPSTREAM_KERNELS, quantization_line, vllm_arguments
 from ipex_vllm.machine.facts import user_cache
 from ipex_vllm.options import WorkerOptions
 from ipex_vllm.plan.plan import Demands, Plan, context_line
@@ -276,7 +276,8 @@ def apply_low_bit(args: argparse.Namespace, plan: Plan) -> None:
     """Turn the weights' format into vLLM's own arguments."""
     chosen = vllm_arguments(plan.low_bit, plan.model_path, plan.device, plan.low_bit_head, plan.low_bit_outer)
     # What the user tells vLLM's plugins stays, beside our wishes.
-    wishes = {**chosen.pop("additional_config", {}), **({UPSTREAM_KERNELS: True} if plan.upstream_kernels else {})}
+    own = {UPSTREAM_KERNELS: plan.upstream_kernels, OWN_16_BITS: plan.own_16_bits}
+    wishes = {**chosen.pop("additional_config", {}), **{name: True for name, wish in own.items() if wish}}
     args.additional_config = {**args.additional_config, **wishes}
     for name, value in chosen.items():
         setattr(args, name, value)

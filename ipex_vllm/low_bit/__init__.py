@@ -13,6 +13,8 @@ from ipex_vllm.machine.gguf import find_files
 
 # The entry of vLLM's `additional_config` that leaves quantized checkpoints to its own kernels.
 UPSTREAM_KERNELS = "ipex_vllm_upstream_kernels"
+# The one that has our kernel multiply the layers that stay in 16 bits: which is faster, the machine decides.
+OWN_16_BITS = "ipex_vllm_own_16_bits"
 # The variable of vLLM's processes that names the folder of `vllm/packed_cache.py`. It is none of vLLM's arguments, of
 # which another value has the model compiled anew.
 LOW_BIT_CACHE = "IPEX_VLLM_LOW_BIT_CACHE"

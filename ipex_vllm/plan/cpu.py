@@ -92,12 +92,10 @@ def choose(machine: MachineFacts, options: WorkerOptions, model: ModelFacts, dem
         )
     if model.is_gated_linear:
         options = choose_bf16(options, model, demands)
-    if demands.dtype is not None:
-        return make_plan(machine, options, model, demands)
     rank_cores, _ = _choose_cores(machine, options.cores, demands.num_ranks)
-    options, line = choose_weights(machine, rank_cores[0], options, model)
-    plan = make_plan(machine, options, model, demands)
-    return replace(plan, lines=(line, *plan.lines))
+    weights = choose_weights(machine, rank_cores[0], options, model, demands.dtype)
+    plan = make_plan(machine, weights.options, model, demands)
+    return replace(plan, own_16_bits=weights.own_16_bits, lines=(weights.line, *plan.lines))
 
 
 def make_plan(machine: MachineFacts, options: WorkerOptions, model: ModelFacts, demands: Demands) -> Plan:

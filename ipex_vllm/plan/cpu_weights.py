@@ -1,20 +1,22 @@
-"""Which 16 bits, or 32, a processor computes in, where nobody chose: what its own matmuls take says it."""
+"""Which 16 bits, or 32, a processor computes in, where nobody chose, and whose matmul does: what they take says it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ipex_vllm.errors import OptionError
+from ipex_vllm.low_bit.matmul_speed import OWN, ROWS, MatmulTimes, matmul_times
 from ipex_vllm.machine.facts import MachineFacts
-from ipex_vllm.machine.matmul_speed import ROWS, MatmulTimes, matmul_times
 from ipex_vllm.machine.model import ModelFacts
 from ipex_vllm.options import WorkerOptions
 from ipex_vllm.plan.plan import PROCESS_MEMORY_BYTES, Demands
 
 FLOAT32_MEMORY_SHARE = 0.7  # of the free memory, the most that weights of twice the size may take
 FORMATS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+DTYPES = {format: dtype for dtype, format in FORMATS.items()}
+SIXTEEN_BITS = ("bfloat16", "float16")
 
 # A request to compare by, in tokens. At one stream an answer reads the weights for each of its tokens, which half the
 # bytes make faster; prompts, and many streams, want arithmetic.
@@ -34,22 +36,39 @@ def choose_bf16(options: WorkerOptions, model: ModelFacts, demands: Demands) -> 
     return options if has_own_format else replace(options, low_bit="bf16")
 
 
-def choose_weights(
-    machine: MachineFacts, cores: Sequence[int], options: WorkerOptions, model: ModelFacts
-) -> tuple[WorkerOptions, str]:
-    """Return `options` with a weight format, where the user chose none and the machine makes one better; and why.
+@dataclass(frozen=True)
+class Weights:
+    """What was chosen.
 
-    `cores` are a rank's logical CPUs.
+    Attributes:
+        options: with a weight format, where the user chose none and the machine makes one better.
+        line: what, and why.
+        own_16_bits: layers in 16 bits are multiplied by our kernel, not vLLM's.
     """
-    if model.is_gated_linear and options.low_bit == "bf16":
-        return options, "weights: bf16 (in which alone vLLM computes gated linear attention on a CPU)"
+
+    options: WorkerOptions
+    line: str
+    own_16_bits: bool = False
+
+
+def choose_weights(
+    machine: MachineFacts, cores: Sequence[int], options: WorkerOptions, model: ModelFacts, dtype: str | None = None
+) -> Weights:
+    """Choose for a rank whose logical CPUs are `cores`; `dtype` is what the user told the engine to compute in."""
+    asked = DTYPES.get(options.low_bit or "") or (dtype if options.low_bit is None else None)
     if options.low_bit is not None:
-        return options, f"weights: {options.low_bit} (chosen with --low-bit)"
+        what = f"weights: {options.low_bit} (chosen with --low-bit)"
+        if model.is_gated_linear and options.low_bit == "bf16":
+            what = "weights: bf16 (in which alone vLLM computes gated linear attention on a CPU)"
+        return multiplied(machine, cores, options, model, asked, what)
     if model.is_quantized:
         what = f" ({model.quantization})" if model.quantization else ""
-        return options, f"weights: as they are in the checkpoint, which is quantized{what}"
+        return Weights(options, f"weights: as they are in the checkpoint, which is quantized{what}")
+    if asked is not None:
+        return multiplied(machine, cores, options, model, asked, f"weights: {asked} (chosen with --dtype)")
     if model.num_hosts > 1:
-        return options, "weights: the checkpoint's own dtype (all hosts have to compute in one; --low-bit chooses it)"
+        what = "weights: the checkpoint's own dtype (all hosts have to compute in one; --low-bit chooses it)"
+        return Weights(options, what)
     own = "float16" if model.dtype == "float16" else "bfloat16"
     candidates = list(dict.fromkeys((own, "bfloat16")))
     growth = 1 if model.dtype == "float32" else 2
@@ -57,23 +76,46 @@ def choose_weights(
     if wanted <= machine.memory_available * FLOAT32_MEMORY_SHARE:
         candidates.append("float32")
     if len(candidates) == 1:
-        return options, "weights: the checkpoint's own dtype (float32 would not fit, however fast)"
+        what = "weights: the checkpoint's own dtype"
+        return multiplied(machine, cores, options, model, own, f"{what} (float32 would not fit, however fast)")
     times = matmul_times(machine, cores)
     if times is None:
-        return options, "weights: the checkpoint's own dtype (PyTorch's speed could not be measured)"
-    best = min(candidates, key=lambda dtype: request_time(times, dtype))
-    gain = request_time(times, own) / request_time(times, best)
-    measured = times.describe(candidates)
+        return Weights(options, "weights: the checkpoint's own dtype (PyTorch's speed could not be measured)")
+    ways = {dtype: fastest_way(times, dtype, options) for dtype in candidates}
+    best = min(candidates, key=lambda dtype: request_time(times, ways[dtype]))
+    gain = request_time(times, ways[own]) / request_time(times, ways[best])
+    measured = times.describe(way for dtype in candidates for way in dict.fromkeys((dtype, ways[dtype])))
     if gain < LEAST_GAIN:
-        return options, f"weights: the checkpoint's own dtype ({measured})"
-    return replace(options, low_bit=FORMATS[best]), (
+        return Weights(options, f"weights: the checkpoint's own dtype ({measured})", ways[own] != own)
+    line = (
         f"weights: {best}, {gain:.1f} times as fast as {own} ({measured}; --low-bit {FORMATS[own]} keeps the "
         "checkpoint's own, sym_int8 and sym_int4 take less memory)"
     )
+    return Weights(replace(options, low_bit=FORMATS[best]), line, ways[best] != best)
 
 
-def request_time(times: MatmulTimes, dtype: str) -> float:
+def multiplied(
+    machine: MachineFacts, cores: Sequence[int], options: WorkerOptions, model: ModelFacts, dtype: str | None, line: str
+) -> Weights:
+    """The weights that `line` says; where they are in `dtype`, by whichever kernel is faster."""
+    if dtype not in SIXTEEN_BITS or model.is_quantized or model.num_hosts > 1 or options.upstream_kernels:
+        return Weights(options, line)
+    times = matmul_times(machine, cores)
+    if times is None or (way := fastest_way(times, dtype, options)) == dtype:
+        return Weights(options, line)
+    return Weights(options, f"{line}, multiplied by our kernel ({times.describe((dtype, way))})", True)
+
+
+def fastest_way(times: MatmulTimes, dtype: str, options: WorkerOptions) -> str:
+    """The dtype itself, which is vLLM's kernel, or with OWN behind it where ours is there, wanted and faster."""
+    own = dtype + OWN
+    if options.upstream_kernels or own not in times.seconds:
+        return dtype
+    return min(dtype, own, key=lambda way: request_time(times, way))
+
+
+def request_time(times: MatmulTimes, way: str) -> float:
     """Seconds that the layer takes of a request, as the geometric mean of one stream alone and of 16."""
-    one, sixteen, prompt = times.seconds[dtype]
+    one, sixteen, prompt = times.seconds[way]
     prefill = prompt * PROMPT / ROWS[2]
     return math.sqrt((prefill + ANSWER * one / ROWS[0]) * (prefill + ANSWER * sixteen / ROWS[1]))

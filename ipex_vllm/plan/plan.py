@@ -56,7 +56,8 @@ class Plan:
         low_bit: format of the weights, as chosen by the user or for this machine; None for the checkpoint's own.
         low_bit_head, low_bit_outer: the output head's and the outer layers', where the user chose them.
         low_bit_cache: the folder that keeps quantized weights, "" for the usual one; None where none does.
-        upstream_kernels: a checkpoint that is quantized already is left to the engine's own kernels.
+        upstream_kernels: a checkpoint that is quantized already, or stays in 16 bits, is left to the engine's kernels.
+        own_16_bits: layers that stay in 16 bits are multiplied by our kernel, not the engine's.
         rank_cores: for each rank of tensor and pipeline parallelism, the logical CPUs that compute.
         kv_cache_bytes: KV cache of one rank.
         context: what the context is shortened to, in tokens, where the model's own does not fit; None where it does.
@@ -79,6 +80,7 @@ class Plan:
     low_bit_outer: str | None = None
     low_bit_cache: str | None = None
     upstream_kernels: bool = False
+    own_16_bits: bool = False
     rank_cores: tuple[tuple[int, ...], ...]
     kv_cache_bytes: int
     use_compile: bool

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from ipex_vllm.machine import matmul_speed
+from ipex_vllm.low_bit import matmul_speed
+from ipex_vllm.low_bit.matmul_speed import OWN, MatmulTimes
 from ipex_vllm.machine.facts import GIB, MachineFacts
 from ipex_vllm.machine.kv_cache import KvCache
-from ipex_vllm.machine.matmul_speed import MatmulTimes
 from ipex_vllm.machine.model import ModelFacts
 from ipex_vllm.options import WorkerOptions
 from ipex_vllm.plan import cpu, cpu_weights
@@ -28,13 +28,14 @@ VNNI = {"bfloat16": (1e-3, 9.2e-3, 85e-3), "float16": (1.7e-3, 15e-3, 247e-3), "
 def measured(monkeypatch, small_box):
     """Chooses for a machine that takes these times: the format, and the line that tells."""
 
-    def choose(times, model=MODEL, memory=16 * GIB, **options):
+    def choose(times, model=MODEL, memory=16 * GIB, dtype=None, **options):
         found = None if times is None else MatmulTimes(times)
         monkeypatch.setattr(cpu_weights, "matmul_times", lambda machine, cores: found)
         machine = replace(small_box.probe(), memory_available=memory)
-        chosen, line = choose_weights(machine, (0, 1), WorkerOptions(**options), model)
-        assert line.startswith("weights: ")
-        return chosen.low_bit, line
+        chosen = choose_weights(machine, (0, 1), WorkerOptions(**options), model, dtype)
+        assert chosen.line.startswith("weights: ")
+        assert chosen.own_16_bits == (OWN in chosen.line)
+        return chosen.options.low_bit, chosen.line
 
     return choose
 
@@ -78,6 +79,37 @@ def test_float16_is_left_where_it_is_slow(measured):
     assert measured({**AMX, "float16": AMX["bfloat16"]}, in_float16)[0] is None
 
 
+def test_our_kernel_multiplies_16_bits_where_it_is_faster(measured):
+    """A CPU with AVX2 alone, which has no instruction for 16 bits: half the memory of float32, and twice its speed."""
+    upstream = {"bfloat16": (2e-3, 20e-3, 0.32), "float16": (2e-3, 17e-3, 0.34), "float32": (2.5e-3, 6.7e-3, 62e-3)}
+    times = {**upstream, f"bfloat16{OWN}": (1.2e-3, 3e-3, 50e-3), f"float16{OWN}": (1.2e-3, 3e-3, 50e-3)}
+    chosen, line = measured(times)
+    assert chosen is None
+    assert line == (
+        "weights: the checkpoint's own dtype (ms for 1, 16, 256 rows of a 5632x2048 layer: bfloat16 2, 20, 3.2e+02; "
+        "bfloat16 by our kernel 1.2, 3, 50; float32 2.5, 6.7, 62)"
+    )
+    assert measured(times, low_bit="bf16") == (
+        "bf16",
+        "weights: bf16 (chosen with --low-bit), multiplied by our kernel (ms for 1, 16, 256 rows of a 5632x2048 layer: "
+        "bfloat16 2, 20, 3.2e+02; bfloat16 by our kernel 1.2, 3, 50)",
+    )
+    assert measured(times, dtype="float16")[1].startswith(
+        "weights: float16 (chosen with --dtype), multiplied by our kernel ("
+    )
+    assert OWN in measured(times, memory=6 * GIB)[1], "where float32 would not fit, too"
+    for elsewhere in (
+        measured(times, upstream_kernels=True, low_bit="bf16"),
+        measured({**times, **AMX}, low_bit="bf16"),
+        measured(times, low_bit="sym_int4", dtype="bfloat16"),
+        measured(times, low_bit="fp32"),
+        measured(times, replace(MODEL, is_quantized=True), low_bit="bf16"),
+        measured(times, MODEL.share_of(2), low_bit="bf16"),
+    ):
+        assert OWN not in elsewhere[1]
+    assert measured(times, upstream_kernels=True)[0] == "fp32"
+
+
 def test_what_is_decided_already_is_not_measured(measured):
     def told(*arguments, **options):
         return measured(VNNI, *arguments, **options)[0]
@@ -100,7 +132,8 @@ def test_the_cores_that_compute_are_measured(dual_xeon, monkeypatch):
     monkeypatch.setattr(cpu_weights, "matmul_times", lambda machine, cores: asked.append(cores))
     cpu.choose(dual_xeon.probe(), WorkerOptions(), MODEL, Demands(num_ranks=2))
     cpu.choose(dual_xeon.probe(), WorkerOptions(), MODEL, Demands(dtype="bfloat16"))
-    assert asked == [tuple(range(31))], "and nothing where the user named a dtype"
+    cpu.choose(dual_xeon.probe(), WorkerOptions(), MODEL, Demands(dtype="float32"))
+    assert asked == [tuple(range(31))] * 2, "and nothing where there is nothing to choose"
 
 
 def test_this_machine_is_measured_once(monkeypatch, tmp_path):
@@ -110,6 +143,7 @@ def test_this_machine_is_measured_once(monkeypatch, tmp_path):
     cores = [machine.cpus[0].id]
     times = matmul_speed.matmul_times(machine, cores)
     assert times is not None
+    assert f"bfloat16{OWN}" in times.seconds
     for seconds in times.seconds.values():
         assert 0 < seconds[0] < seconds[2], "256 rows take longer than one"
     (kept,) = (tmp_path / "ipex-vllm").iterdir()

@@ -15,6 +15,7 @@
 
 #include "experts/experts.h"
 #include "rounding/rounding.h"
+#include "w16a16/w16a16.h"
 #include "w4a8/w4a8.h"
 #include "w8a16/w8a16.h"
 #include "w8a8/w8a8.h"
@@ -238,6 +239,20 @@ void w8a16_operator(Value *stack, uint64_t, uint64_t) {
     });
 }
 
+void w16a16_operator(Value *stack, uint64_t, uint64_t) {
+    Linear linear(stack);
+    const int32_t weight_dtype = linear.packed.dtype();
+    if (weight_dtype != common::kFloat16 && weight_dtype != common::kBFloat16)
+        fail("16-bit weights are float16 or bfloat16");
+    const w16a16::Weights weights{nullptr, linear.outputs, linear.inputs, common::DType(weight_dtype)};
+    linear.check_packed("16-bit", weights.tiles() * weights.lines() * w16a16::kLineBytes / 2);
+    const int32_t isa = usable(int64_t(stack[4]), w16a16_isa(), "16-bit");
+    stack[0] = linear.result([&](auto... tensors_and_rows) {
+        return w16a16_linear(tensors_and_rows..., linear.outputs, linear.inputs, weight_dtype, linear.dtype,
+                             linear.bias_dtype, isa, omp_get_max_threads());
+    });
+}
+
 void experts_operator(Value *stack, uint64_t, uint64_t) {
     const Tensor x = contiguous(take_tensor(stack[0])), gate_up = take_tensor(stack[1]), down = take_tensor(stack[2]);
     const Tensor gate_up_bias = take_optional_tensor(stack[3]), down_bias = take_optional_tensor(stack[4]);
@@ -356,6 +371,7 @@ int32_t register_torch_operators() {
     if (!torch.find() || torch.new_library("ipex_vllm", "CPU", __FILE__, __LINE__, &library)) return -1;
     if (torch.implement(library, "w4a8_linear", w4a8_operator)) return -1;
     if (torch.implement(library, "w8a8_linear", w8a8_operator)) return -1;
+    if (torch.implement(library, "w16a16_linear", w16a16_operator)) return -1;
     if (torch.implement(library, "experts", experts_operator)) return -1;
     // Where this has no code for the CPU, Python's own implementation stays.
     if (rounding_isa() && torch.implement(library, "round_integers", round_integers_operator)) return -1;

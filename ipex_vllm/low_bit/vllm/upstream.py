@@ -24,7 +24,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.platforms import current_platform
 from vllm.v1.sample import sampler
 
-from ipex_vllm.low_bit.vllm import alike_layers, attention, json_strings, picture_attention, speculation
+from ipex_vllm.low_bit.vllm import alike_layers, attention, json_strings, picture_attention, sixteen_bits, speculation
 from ipex_vllm.low_bit.vllm.config import LowBitConfig
 
 rotate = RotaryEmbedding.forward_cpu
@@ -52,6 +52,7 @@ def mend() -> None:
         alike_layers.mend()
         attention.mend()
         picture_attention.mend()
+        sixteen_bits.mend()
         RotaryEmbedding.forward_cpu = rotate_heads
         gdn_attention._causal_conv1d_fwd_cpu = convolve_even_one
         cpu_router.CPURouter._compute_routing = route_with_bias

@@ -1,8 +1,8 @@
 """How fast this machine multiplies in 16 bits and in float32: measured, since its CPU flags do not tell.
 
 One processor with AVX-512 BF16 computes in float32 at twice its speed in bfloat16, another with AMX at a fifth of it,
-and how much of that is left for a few rows depends on its memory. PyTorch is imported in a process of its own, so that
-what asks here needs none; what was measured is kept for the next start.
+and how much of that is left for a few rows depends on its memory. Ours (`kernels/w16a16.py`) is another choice. PyTorch
+is imported in a process of its own, so that what asks here needs none; what was measured is kept for the next start.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from typing import Any
 
 from ipex_vllm.machine.facts import MachineFacts, user_cache
 
+LIBRARY = Path(__file__).parent / "libkernels.so"
+
 OUTPUTS, INPUTS = 5632, 2048  # of the layer: a 1.1 B model's largest
 ROWS = (1, 16, 256)  # decoding at 1 and at 16 streams, and a prompt
 DTYPES = ("bfloat16", "float16", "float32")
+OWN = " by our kernel"  # behind a dtype
 CALLS, CALLS_S = 3, 0.05  # so many for each dtype and number of rows, but no more once they took so many seconds
 CACHE_BYTES = 256 << 20  # more than most CPUs have: a step finds no weight in it, since it read all others before
 TIMEOUT_S = 30.0
@@ -36,13 +39,13 @@ VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 
 @dataclass(frozen=True)
 class MatmulTimes:
-    """Seconds of a layer's matmul by dtype, for as many rows each as ROWS has."""
+    """Seconds of a layer's matmul, for as many rows each as ROWS has, by dtype; with OWN behind it by our kernel."""
 
     seconds: Mapping[str, Sequence[float]]
 
-    def describe(self, dtypes: Iterable[str]) -> str:
+    def describe(self, ways: Iterable[str]) -> str:
         """The times in words."""
-        times = (f"{dtype} {', '.join(f'{1e3 * each:.2g}' for each in self.seconds[dtype])}" for dtype in dtypes)
+        times = (f"{way} {', '.join(f'{1e3 * each:.2g}' for each in self.seconds[way])}" for way in ways)
         return f"ms for {', '.join(map(str, ROWS))} rows of a {OUTPUTS}x{INPUTS} layer: {'; '.join(times)}"
 
 
@@ -73,47 +76,71 @@ def matmul_times(machine: MachineFacts, cores: Sequence[int]) -> MatmulTimes | N
 def kept_path(machine: MachineFacts, num_cores: int) -> Path:
     """Where the times of this machine, PyTorch and number of cores are kept. Raises PackageNotFoundError."""
     set_variables = [os.environ.get(name) for name in VARIABLES]
-    facts = (machine.name, machine.isa, num_cores, metadata.version("torch"), set_variables, OUTPUTS, INPUTS, ROWS)
+    library = hashlib.sha256(LIBRARY.read_bytes()).hexdigest() if LIBRARY.exists() else None
+    versions = (metadata.version("torch"), library)
+    facts = (machine.name, machine.isa, num_cores, versions, set_variables, OUTPUTS, INPUTS, ROWS)
     return user_cache() / f"matmul-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.json"
 
 
 def read(text: str) -> MatmulTimes:
     """The times that this module prints when it runs. Raises ValueError, KeyError and TypeError for another text."""
     found = json.loads(text)
-    seconds = {dtype: tuple(map(float, found[dtype])) for dtype in DTYPES}
+    seconds = {way: tuple(map(float, times)) for way, times in found.items()}
+    if missing := {*DTYPES} - {*seconds}:
+        raise KeyError(f"no times for {missing}")
     if any(len(times) != len(ROWS) or min(times) <= 0 for times in seconds.values()):
         raise ValueError(f"not as many times as {ROWS} has: {text}")
     return MatmulTimes(seconds)
 
 
 def measure() -> dict[str, list[float]]:
-    """Seconds by dtype, with PyTorch's threads as they are: takes half a second, more on a slow machine."""
+    """Seconds by dtype and kernel, with PyTorch's threads as they are: half a second, more on a slow machine."""
     import torch
+
+    from ipex_vllm.low_bit.kernels import w16a16
 
     times: dict[str, list[float]] = {}
     with torch.inference_mode():
         others = torch.ones(CACHE_BYTES // 4)
         for name in DTYPES:
             weight = torch.ones(OUTPUTS, INPUTS, dtype=getattr(torch, name))
-            times[name] = [layer_time(weight, rows, others) for rows in ROWS]
+            times[name] = [call_time(vllm_call(weight, rows), others) for rows in ROWS]
+            if weight.dtype in w16a16.WEIGHT_DTYPES and w16a16.unavailable_reason() is None:
+                packed = w16a16.pack(weight)
+                calls = [partial(w16a16.linear, ones(rows, weight.dtype), packed, None, OUTPUTS) for rows in ROWS]
+                times[name + OWN] = [call_time(call, others) for call in calls]
     return times
 
 
-def layer_time(weight: Any, rows: int, others: Any) -> float:
-    """Seconds of a matmul with `weight` [out, in] read from memory, at best; `others` takes its place in the caches.
+def ones(rows: int, dtype: Any) -> Any:
+    """Activations [rows, INPUTS]."""
+    import torch
 
-    By oneDNN with the weight packed, as vLLM multiplies, where it takes the dtype; `F.linear` in float32 is MKL's.
+    return torch.ones(rows, INPUTS, dtype=dtype)
+
+
+def vllm_call(weight: Any, rows: int) -> Callable[[], object]:
+    """What multiplies with `weight` [out, in] as vLLM does.
+
+    By oneDNN with the weight packed, where it takes the dtype; `F.linear` in float32 is MKL's.
     """
     import torch
 
-    x = torch.ones(rows, INPUTS, dtype=weight.dtype)
-    multiply: Callable[[], object]
+    x = ones(rows, weight.dtype)
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        multiply = partial(torch.ops.mkldnn._linear_pointwise, x, packed, None, "none", [], "")
     except RuntimeError:
-        multiply = partial(torch.nn.functional.linear, x, weight)
+        return partial(torch.nn.functional.linear, x, weight)
+    return partial(torch.ops.mkldnn._linear_pointwise, x, packed, None, "none", [], "")
+
+
+def call_time(multiply: Callable[[], object], others: Any) -> float:
+    """Seconds of a call that reads its weight from memory, at best; `others` takes its place in the caches."""
+    begin = time.perf_counter()
     multiply()  # oneDNN makes its code
+    first = time.perf_counter() - begin
+    if first > 10 * CALLS_S:  # slow by far, whatever is added for that
+        return first
     seconds: list[float] = []
     while len(seconds) < CALLS and sum(seconds) < CALLS_S:
         others.add_(1)
