@@ -57,7 +57,7 @@ MATMULS, ATTENTION = "matmuls", "attention"
 # Of the operators that are not called from others: whose time is whose.
 KERNELS = {
     MATMULS: (
-        *(f"ipex_vllm::{name}" for name in ("w4a8", "w8a8", "w8a16", "dequantize", "experts")),
+        *(f"ipex_vllm::{name}" for name in ("w4a8", "w8a8", "w8a16", "w16a16", "dequantize", "experts")),
         *("_C::onednn", "_C::cpu_gemm", "aten::linear", "aten::mm", "aten::addmm"),
     ),
     ATTENTION: ("_C::cpu_attention", "_C::cpu_attn", "ipex_vllm::attention", "vllm::unified", "aten::scaled_dot"),

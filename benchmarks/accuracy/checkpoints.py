@@ -1,6 +1,6 @@
 """Checkpoints in other tools' layouts: what computing them costs, against the same codes in float32 on Transformers.
 
-    python -m benchmarks.accuracy.checkpoints awq gptq gguf
+    python -m benchmarks.accuracy.checkpoints awq gptq int8-channels gguf
 
 `gguf` is SmolLM2's own file (Q4_1, the embedding in Q8_0) against Transformers' float32 reading of it.
 Prints a line a measurement and, as the last line of its output, all of them as JSON.
@@ -50,6 +50,8 @@ def scores(path: str, layout: str, windows: torch.Tensor) -> Iterator[tuple[str,
         ways = WAYS
         if LAYOUTS[layout].format == "fp4":  # for which vLLM has no kernel
             ways = {"ours": WAYS["ours"], "W4A16": ({"model": str(values)}, {})}
+        elif LAYOUTS[layout].format == "sym_int8":
+            ways = {way: WAYS[way] for way in ("ours", "upstream")}
         for way, (arguments, environ) in ways.items():
             arguments = {"model": str(checkpoint), "dtype": "bfloat16", **arguments}
             yield way, score_vllm(folder, arguments, environ=environ)

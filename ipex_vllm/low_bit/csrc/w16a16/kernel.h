@@ -28,9 +28,9 @@ void accumulate(const uint8_t *line, int64_t count, const float *x, int64_t stri
 
 #pragma GCC unroll 1
     for (int64_t i = 0; i < count; ++i, line += kLineBytes, x += 2) {
-        ahead.fetch();
 #pragma GCC unroll 2
         for (int input = 0; input < 2; ++input) {
+            ahead.fetch(); // half a line, which is one of the cache's
             typename V::F numbers[W];
 #pragma GCC unroll 8
             for (int c = 0; c < W; ++c) numbers[c] = decode<V, T>(line, first + c * V::lanes, input);
@@ -63,7 +63,7 @@ void accumulate_tile(const Weights &w, const Activations &a, int64_t tile, int64
         const uint8_t *line = w.tile(tile) + i * kLineBytes;
         const float *x = a.values + 2 * i;
         common::Ahead<false> ahead{line + (passes == 1 ? common::kPrefetchBytes : count * kLineBytes),
-                                   (kLineBytes + passes - 1) / passes};
+                                   (kLineBytes / 2 + passes - 1) / passes};
         if (few) {
             common::with_constant<V::few_rows>(end - begin, [&](auto R) {
                 accumulate<V, T, R, whole>(line, count, x + begin * a.stride, a.stride, 0, ahead, totals);
