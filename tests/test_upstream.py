@@ -261,3 +261,13 @@ def test_ranks_are_still_compiled_at_the_first_request_that_asks_for_them() -> N
     logprobs = torch.tensor([[-1.0, -3.0, -2.0], [-0.5, -0.25, -4.0]])
     chosen = torch.tensor([[-3.0], [-0.25]])
     assert sampler.batched_count_greater_than(logprobs, chosen).tolist() == [3, 1]
+
+
+def test_what_is_compiled_is_kept_for_this_code_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    upstream.mend()
+    config = VllmConfig()
+    kept_under = config.compute_hash()
+    assert kept_under == VllmConfig().compute_hash()
+    assert len(kept_under) == len(upstream.hash_config(config))
+    monkeypatch.setattr(upstream, "own_code", lambda: "another version's")
+    assert config.compute_hash() != kept_under

@@ -23,7 +23,7 @@ from typing import Any
 
 from ipex_vllm.machine.facts import MachineFacts, user_cache
 
-LIBRARY = Path(__file__).parent / "libkernels.so"
+LIBRARY = Path(__file__).parent / "libkernels.so"  # `native.py`'s, which needs PyTorch
 
 OUTPUTS, INPUTS = 5632, 2048  # of the layer: a 1.1 B model's largest
 ROWS = (1, 16, 256)  # decoding at 1 and at 16 streams, and a prompt

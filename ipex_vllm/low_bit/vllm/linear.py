@@ -235,7 +235,6 @@ class LowBitMethod(LinearMethodBase):  # type: ignore[misc]
         )
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """y [..., outputs] of x [..., inputs]. A compiler traces it: vLLM compiles anew when this file has changed."""
         y: torch.Tensor = layer.low_bit(x, bias)
         return y
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import inspect
 import socket
 import subprocess
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallab
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.cpu_vec_isa import VecISA
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
-from vllm.config import get_current_vllm_config_or_none
+from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.model_executor.layers.activation import XIELU
 from vllm.model_executor.layers.fused_moe.router import cpu_router
 from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
@@ -24,6 +26,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.platforms import current_platform
 from vllm.v1.sample import sampler
 
+from ipex_vllm import low_bit
+from ipex_vllm.low_bit import native
 from ipex_vllm.low_bit.vllm import alike_layers, attention, json_strings, picture_attention, sixteen_bits, speculation
 from ipex_vllm.low_bit.vllm.config import LowBitConfig
 
@@ -36,11 +40,13 @@ make_xielu = XIELU.__init__
 probe = VecISA.check_build
 convolve = gdn_attention._causal_conv1d_fwd_cpu
 rank_compiled = sampler.batched_count_greater_than
+hash_config = VllmConfig.compute_hash
 
 
 def mend() -> None:
     """Mend all of them; a second call changes nothing."""
     load_compiled()
+    VllmConfig.compute_hash = hash_config_and_code
     VecISA.check_build = ask_compiler  # type: ignore[method-assign]
     rendezvous._create_c10d_store = create_store
     json_strings.mend()
@@ -104,6 +110,24 @@ def load_compiled() -> None:
         """Nothing is left to load."""
 
     BundledAOTAutogradSerializableCallable.finalize_loading = finalize_loading  # type: ignore[attr-defined]
+
+
+@functools.wraps(hash_config)
+def hash_config_and_code(self: VllmConfig, *arguments: Any, **options: Any) -> str:
+    """What a model's compiled code is kept under, with this package's own code in it.
+
+    vLLM looks at the files that were traced when it was compiled. A layer that another version of us computes was not
+    traced through our files then, and the code kept would call what this version has not prepared.
+    """
+    both = f"{hash_config(self, *arguments, **options)} {own_code()}"
+    return hashlib.sha256(both.encode()).hexdigest()[:10]
+
+
+@functools.cache
+def own_code() -> str:
+    """The digest of all that prepares a model's layers or computes them."""
+    sources = (path.read_bytes() for path in sorted(Path(low_bit.__file__).parent.rglob("*.py")))
+    return hashlib.sha256(b"\0".join([*sources, str(native.digest()).encode()])).hexdigest()
 
 
 def ask_compiler(self: VecISA, code: str) -> bool:
