@@ -44,6 +44,8 @@ NO_EMBEDDINGS = "This worker's model gives no embeddings. Start one that does wi
 HEALTH_INTERVAL_S = 0.5
 FITTED_CONTEXT = -1  # what vLLM makes of `--max-model-len auto`
 
+# Two values of --dtype, by PyTorch's usual names.
+DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 # Values of --load-format that read a model directory's own files; others bring files of their own, or none.
 CHECKPOINT_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
 
@@ -115,11 +117,12 @@ class VllmEngine(Engine):
             num_ranks=max(1, args.tensor_parallel_size * args.pipeline_parallel_size // args.nnodes),
             num_hosts=args.nnodes,
             num_stages=args.pipeline_parallel_size,
-            dtype=None if args.dtype == "auto" else args.dtype,
+            dtype=None if args.dtype == "auto" else DTYPE_ALIASES.get(args.dtype, args.dtype),
             max_model_len=None if args.max_model_len == FITTED_CONTEXT else args.max_model_len,
             has_adapters=args.enable_lora,
             reads_checkpoint=args.load_format in CHECKPOINT_FORMATS,
             no_speculation=no_speculation(args),
+            takes_own_16_bits=True,
         )
 
     @classmethod

@@ -93,7 +93,7 @@ def choose(machine: MachineFacts, options: WorkerOptions, model: ModelFacts, dem
     if model.is_gated_linear:
         options = choose_bf16(options, model, demands)
     rank_cores, _ = _choose_cores(machine, options.cores, demands.num_ranks)
-    weights = choose_weights(machine, rank_cores[0], options, model, demands.dtype)
+    weights = choose_weights(machine, rank_cores[0], options, model, demands)
     plan = make_plan(machine, weights.options, model, demands)
     return replace(plan, own_16_bits=weights.own_16_bits, lines=(weights.line, *plan.lines))
 

@@ -52,20 +52,31 @@ class Weights:
 
 
 def choose_weights(
-    machine: MachineFacts, cores: Sequence[int], options: WorkerOptions, model: ModelFacts, dtype: str | None = None
+    machine: MachineFacts, cores: Sequence[int], options: WorkerOptions, model: ModelFacts, demands: Demands
 ) -> Weights:
-    """Choose for a rank whose logical CPUs are `cores`; `dtype` is what the user told the engine to compute in."""
-    asked = DTYPES.get(options.low_bit or "") or (dtype if options.low_bit is None else None)
+    """Choose for a rank whose logical CPUs are `cores`."""
+    takes_own = demands.takes_own_16_bits and not options.upstream_kernels and model.num_hosts == 1
+    asked = demands.dtype if options.low_bit is None else DTYPES.get(options.low_bit)
+
+    def multiplied(dtype: str | None, line: str) -> Weights:
+        """The weights that `line` says; where they are in `dtype`, by whichever kernel is faster."""
+        if dtype not in SIXTEEN_BITS or model.is_quantized or not takes_own:
+            return Weights(options, line)
+        times = matmul_times(machine, cores)
+        if times is None or (way := fastest_way(times, dtype, takes_own)) == dtype:
+            return Weights(options, line)
+        return Weights(options, f"{line}, multiplied by our kernel ({times.describe((dtype, way))})", True)
+
     if options.low_bit is not None:
         what = f"weights: {options.low_bit} (chosen with --low-bit)"
         if model.is_gated_linear and options.low_bit == "bf16":
             what = "weights: bf16 (in which alone vLLM computes gated linear attention on a CPU)"
-        return multiplied(machine, cores, options, model, asked, what)
+        return multiplied(asked, what)
     if model.is_quantized:
         what = f" ({model.quantization})" if model.quantization else ""
         return Weights(options, f"weights: as they are in the checkpoint, which is quantized{what}")
     if asked is not None:
-        return multiplied(machine, cores, options, model, asked, f"weights: {asked} (chosen with --dtype)")
+        return multiplied(asked, f"weights: {asked} (chosen with --dtype)")
     if model.num_hosts > 1:
         what = "weights: the checkpoint's own dtype (all hosts have to compute in one; --low-bit chooses it)"
         return Weights(options, what)
@@ -77,11 +88,11 @@ def choose_weights(
         candidates.append("float32")
     if len(candidates) == 1:
         what = "weights: the checkpoint's own dtype"
-        return multiplied(machine, cores, options, model, own, f"{what} (float32 would not fit, however fast)")
+        return multiplied(own, f"{what} (float32 would not fit, however fast)")
     times = matmul_times(machine, cores)
     if times is None:
         return Weights(options, "weights: the checkpoint's own dtype (PyTorch's speed could not be measured)")
-    ways = {dtype: fastest_way(times, dtype, options) for dtype in candidates}
+    ways = {dtype: fastest_way(times, dtype, takes_own) for dtype in candidates}
     best = min(candidates, key=lambda dtype: request_time(times, ways[dtype]))
     gain = request_time(times, ways[own]) / request_time(times, ways[best])
     measured = times.describe(way for dtype in candidates for way in dict.fromkeys((dtype, ways[dtype])))
@@ -94,22 +105,10 @@ def choose_weights(
     return Weights(replace(options, low_bit=FORMATS[best]), line, ways[best] != best)
 
 
-def multiplied(
-    machine: MachineFacts, cores: Sequence[int], options: WorkerOptions, model: ModelFacts, dtype: str | None, line: str
-) -> Weights:
-    """The weights that `line` says; where they are in `dtype`, by whichever kernel is faster."""
-    if dtype not in SIXTEEN_BITS or model.is_quantized or model.num_hosts > 1 or options.upstream_kernels:
-        return Weights(options, line)
-    times = matmul_times(machine, cores)
-    if times is None or (way := fastest_way(times, dtype, options)) == dtype:
-        return Weights(options, line)
-    return Weights(options, f"{line}, multiplied by our kernel ({times.describe((dtype, way))})", True)
-
-
-def fastest_way(times: MatmulTimes, dtype: str, options: WorkerOptions) -> str:
-    """The dtype itself, which is vLLM's kernel, or with OWN behind it where ours is there, wanted and faster."""
+def fastest_way(times: MatmulTimes, dtype: str, takes_own: bool) -> str:
+    """The dtype itself, which is vLLM's kernel, or with OWN behind it where ours is there, taken and faster."""
     own = dtype + OWN
-    if options.upstream_kernels or own not in times.seconds:
+    if not takes_own or own not in times.seconds:
         return dtype
     return min(dtype, own, key=lambda way: request_time(times, way))
 

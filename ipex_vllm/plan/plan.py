@@ -34,6 +34,7 @@ class Demands:
         has_adapters: LoRA adapters, with which nothing is compiled.
         reads_checkpoint: the weights come from the model directory's safetensors or PyTorch files.
         no_speculation: why the engine, as it is asked for, does not check drafts; None where it does.
+        takes_own_16_bits: the engine can multiply layers in 16 bits by our kernel.
     """
 
     num_ranks: int = 1
@@ -44,6 +45,7 @@ class Demands:
     has_adapters: bool = False
     reads_checkpoint: bool = True
     no_speculation: str | None = "this engine has none"
+    takes_own_16_bits: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,3 +64,12 @@ def test_auto_asks_for_a_context_that_fits() -> None:
     VllmEngine.add_arguments(parser)
     demands = [VllmEngine.demands(parser.parse_args(["--max-model-len", value])) for value in ("auto", "-1", "2k")]
     assert [each.max_model_len for each in demands] == [None, None, 2000]
+
+
+@pytest.mark.parametrize(
+    ("told", "meant"), [("auto", None), ("half", "float16"), ("float", "float32"), ("bfloat16", "bfloat16")]
+)
+def test_the_plan_gets_a_dtype_by_its_usual_name(told: str, meant: str | None) -> None:
+    parser = argparse.ArgumentParser()
+    VllmEngine.add_arguments(parser)
+    assert VllmEngine.demands(parser.parse_args(["--dtype", told])).dtype == meant

@@ -28,11 +28,12 @@ VNNI = {"bfloat16": (1e-3, 9.2e-3, 85e-3), "float16": (1.7e-3, 15e-3, 247e-3), "
 def measured(monkeypatch, small_box):
     """Chooses for a machine that takes these times: the format, and the line that tells."""
 
-    def choose(times, model=MODEL, memory=16 * GIB, dtype=None, **options):
+    def choose(times, model=MODEL, memory=16 * GIB, dtype=None, takes_own=True, **options):
         found = None if times is None else MatmulTimes(times)
         monkeypatch.setattr(cpu_weights, "matmul_times", lambda machine, cores: found)
         machine = replace(small_box.probe(), memory_available=memory)
-        chosen = choose_weights(machine, (0, 1), WorkerOptions(**options), model, dtype)
+        demands = Demands(dtype=dtype, takes_own_16_bits=takes_own)
+        chosen = choose_weights(machine, (0, 1), WorkerOptions(**options), model, demands)
         assert chosen.line.startswith("weights: ")
         assert chosen.own_16_bits == (OWN in chosen.line)
         return chosen.options.low_bit, chosen.line
@@ -100,6 +101,7 @@ def test_our_kernel_multiplies_16_bits_where_it_is_faster(measured):
     assert OWN in measured(times, memory=6 * GIB)[1], "where float32 would not fit, too"
     for elsewhere in (
         measured(times, upstream_kernels=True, low_bit="bf16"),
+        measured(times, takes_own=False, low_bit="bf16"),
         measured({**times, **AMX}, low_bit="bf16"),
         measured(times, low_bit="sym_int4", dtype="bfloat16"),
         measured(times, low_bit="fp32"),
@@ -108,6 +110,7 @@ def test_our_kernel_multiplies_16_bits_where_it_is_faster(measured):
     ):
         assert OWN not in elsewhere[1]
     assert measured(times, upstream_kernels=True)[0] == "fp32"
+    assert measured(times, takes_own=False)[0] == "fp32", "as ipex-llm's engine"
 
 
 def test_what_is_decided_already_is_not_measured(measured):
@@ -131,8 +134,9 @@ def test_the_cores_that_compute_are_measured(dual_xeon, monkeypatch):
     asked = []
     monkeypatch.setattr(cpu_weights, "matmul_times", lambda machine, cores: asked.append(cores))
     cpu.choose(dual_xeon.probe(), WorkerOptions(), MODEL, Demands(num_ranks=2))
+    cpu.choose(dual_xeon.probe(), WorkerOptions(), MODEL, Demands(dtype="bfloat16", takes_own_16_bits=True))
     cpu.choose(dual_xeon.probe(), WorkerOptions(), MODEL, Demands(dtype="bfloat16"))
-    cpu.choose(dual_xeon.probe(), WorkerOptions(), MODEL, Demands(dtype="float32"))
+    cpu.choose(dual_xeon.probe(), WorkerOptions(), MODEL, Demands(dtype="float32", takes_own_16_bits=True))
     assert asked == [tuple(range(31))] * 2, "and nothing where there is nothing to choose"
 
 
