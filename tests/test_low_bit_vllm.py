@@ -71,7 +71,7 @@ def run_vllm(arguments: dict[str, dict[str, object]], folder: Path, **environmen
     command = [sys.executable, "-m", "tests.low_bit_logprobs", json.dumps([*arguments.values()])]
     log = folder / "log"
     with log.open("wb") as file:
-        subprocess.run(command, stdout=file, stderr=file, env=variables, timeout=500)
+        subprocess.run(command, stdout=file, stderr=file, env=variables, timeout=1100)
     logs = re.split(r"^RESULT (.*)\n", log.read_text(), flags=re.MULTILINE)
     assert len(logs) == 2 * len(arguments) + 1, logs[-1][-4000:]
     values = map(json.loads, logs[1::2])
