@@ -32,7 +32,7 @@ def ask(url: str, path: str = CHAT, **body: Any) -> httpx.Response:
 def test_requests_of_both_protocols_share_the_slots_and_beyond_them_are_told_so() -> None:
     server, application = make(limit=2, queue_limit=1)
     with serving(server) as url, ThreadPoolExecutor(8) as pool:
-        running = [pool.submit(ask, url, tokens=10, interval_s=0.1) for _ in range(3)]
+        running = [pool.submit(ask, url, tokens=50, interval_s=0.1) for _ in range(3)]  # while all below is told
         wait_until(lambda: server.core.slots.queue_length == 3, "2 running and 1 waiting")
         assert httpx.post(url + "/worker_get_status", trust_env=False).json()["queue_length"] == 3
         assert application.num_running == 2
@@ -52,7 +52,7 @@ def test_requests_of_both_protocols_share_the_slots_and_beyond_them_are_told_so(
 def test_what_is_wrong_is_told_without_waiting_and_counted() -> None:
     server, _ = make(limit=1)
     with serving(server) as url, ThreadPoolExecutor(1) as pool:
-        running = pool.submit(ask, url, tokens=10, interval_s=0.1)
+        running = pool.submit(ask, url, tokens=50, interval_s=0.1)
         wait_until(lambda: server.core.slots.num_in_use == 1, "running")
         assert ask(url, wrong=True).status_code == 400
         assert not running.done()
