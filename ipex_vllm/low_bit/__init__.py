@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from ipex_vllm.low_bit.formats import FORMATS, Format, resolve
 from ipex_vllm.low_bit.recipe import on_load
 from ipex_vllm.machine.gguf import find_files
 
+# The kernels' library (`native.py`), whether it was built or not.
+LIBRARY = Path(__file__).parent / "libkernels.so"
 # The entry of vLLM's `additional_config` that leaves quantized checkpoints to its own kernels.
 UPSTREAM_KERNELS = "ipex_vllm_upstream_kernels"
 # The one that has our kernel multiply the layers that stay in 16 bits: which is faster, the machine decides.
@@ -18,6 +22,12 @@ OWN_16_BITS = "ipex_vllm_own_16_bits"
 # The variable of vLLM's processes that names the folder of `vllm/packed_cache.py`. It is none of vLLM's arguments, of
 # which another value has the model compiled anew.
 LOW_BIT_CACHE = "IPEX_VLLM_LOW_BIT_CACHE"
+
+
+@cache
+def library_digest() -> str | None:
+    """What tells the kernels' library from every other; None where there is none. Takes no PyTorch."""
+    return hashlib.sha256(LIBRARY.read_bytes()).hexdigest() if LIBRARY.exists() else None
 
 
 def choose_format(low_bit: str | None, head: str | None, device: str, outer: str | None = None) -> Format | None:

@@ -21,9 +21,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ipex_vllm.low_bit import library_digest
 from ipex_vllm.machine.facts import MachineFacts, user_cache
-
-LIBRARY = Path(__file__).parent / "libkernels.so"  # `native.py`'s, which needs PyTorch
 
 OUTPUTS, INPUTS = 5632, 2048  # of the layer: a 1.1 B model's largest
 ROWS = (1, 16, 256)  # decoding at 1 and at 16 streams, and a prompt
@@ -76,8 +75,7 @@ def matmul_times(machine: MachineFacts, cores: Sequence[int]) -> MatmulTimes | N
 def kept_path(machine: MachineFacts, num_cores: int) -> Path:
     """Where the times of this machine, PyTorch and number of cores are kept. Raises PackageNotFoundError."""
     set_variables = [os.environ.get(name) for name in VARIABLES]
-    library = hashlib.sha256(LIBRARY.read_bytes()).hexdigest() if LIBRARY.exists() else None
-    versions = (metadata.version("torch"), library)
+    versions = (metadata.version("torch"), library_digest())
     facts = (machine.name, machine.isa, num_cores, versions, set_variables, OUTPUTS, INPUTS, ROWS)
     return user_cache() / f"matmul-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.json"
 

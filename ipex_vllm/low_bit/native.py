@@ -4,13 +4,12 @@ It is built with the package. How the kernels work is in `docs/kernels.md`.
 """
 
 import ctypes
-import hashlib
 from functools import cache
-from pathlib import Path
 
 import torch
 
-LIBRARY = Path(__file__).parent / "libkernels.so"
+from ipex_vllm.low_bit import LIBRARY
+
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -41,12 +40,6 @@ def library() -> ctypes.CDLL:
     if library.register_torch_operators():
         raise RuntimeError(f"the kernels need PyTorch 2.8 or later, not {torch.__version__}")
     return library
-
-
-@cache
-def digest() -> str | None:
-    """What tells this library from every other; None where there is none."""
-    return hashlib.sha256(LIBRARY.read_bytes()).hexdigest() if LIBRARY.exists() else None
 
 
 def linear_shape(

@@ -23,7 +23,7 @@ from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
-from ipex_vllm.low_bit import LOW_BIT_CACHE, native
+from ipex_vllm.low_bit import LOW_BIT_CACHE, library_digest
 from ipex_vllm.machine.checkpoint import stamps
 
 IDENTITY = "identity.json"
@@ -70,7 +70,7 @@ class PackedCache:
         identity = {
             "layout": LAYOUT,
             "versions": [version("ipex-vllm"), vllm.__version__, torch.__version__],
-            "kernels": native.digest(),
+            "kernels": library_digest(),
             "files": stamps(checkpoint),
             "importance": None if importance_file is None else importance_file.name,
         }

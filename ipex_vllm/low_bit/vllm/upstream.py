@@ -27,7 +27,6 @@ from vllm.platforms import current_platform
 from vllm.v1.sample import sampler
 
 from ipex_vllm import low_bit
-from ipex_vllm.low_bit import native
 from ipex_vllm.low_bit.vllm import alike_layers, attention, json_strings, picture_attention, sixteen_bits, speculation
 from ipex_vllm.low_bit.vllm.config import LowBitConfig
 
@@ -127,7 +126,7 @@ def hash_config_and_code(self: VllmConfig, *arguments: Any, **options: Any) -> s
 def own_code() -> str:
     """The digest of all that prepares a model's layers or computes them."""
     sources = (path.read_bytes() for path in sorted(Path(low_bit.__file__).parent.rglob("*.py")))
-    return hashlib.sha256(b"\0".join([*sources, str(native.digest()).encode()])).hexdigest()
+    return hashlib.sha256(b"\0".join([*sources, str(low_bit.library_digest()).encode()])).hexdigest()
 
 
 def ask_compiler(self: VecISA, code: str) -> bool:

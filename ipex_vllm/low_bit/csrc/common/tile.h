@@ -54,6 +54,20 @@ template <class V> void store(void *p, DType dtype, int64_t i, typename V::F val
     return dtype == kFloat16 ? V::store_half(words, value) : V::store_bfloat16(words, value);
 }
 
+// store(k, values) for whole vectors of the row's `inputs`; behind the last input they hold zeros.
+template <class V, class Store>
+void read_row(const void *x, DType dtype, int64_t inputs, int64_t row, const Store &store) {
+    const int64_t element = element_bytes(dtype);
+    const char *from = static_cast<const char *>(x) + row * inputs * element;
+    int64_t k = 0;
+    for (; k + V::lanes <= inputs; k += V::lanes) store(k, load<V>(from, dtype, k));
+    if (k < inputs) {
+        alignas(64) char last[V::lanes * 4] = {};
+        std::memcpy(last, from + k * element, (inputs - k) * element);
+        store(k, load<V>(last, dtype, 0));
+    }
+}
+
 // out[row, i] = result(row, i, bias) for the tile's outputs, of which the last ones may not exist. `result` gives
 // V::lanes outputs from the i-th of the tile on.
 template <class V, class Result>

@@ -17,6 +17,11 @@ inline int64_t element_bytes(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
 
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+constexpr int kFloatRowPadding = 16; // numbers between rows of activations, so that rows do not meet in the same cache set
+
+// Numbers from one row of activations to the next, so that each holds `inputs` and zeros up to whole vectors.
+inline int64_t float_row_stride(int64_t inputs) { return round_up(inputs, 16) + kFloatRowPadding; }
+
 struct Output {
     void *data; // [rows, outputs] of dtype
     DType dtype;

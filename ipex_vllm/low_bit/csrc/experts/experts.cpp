@@ -77,7 +77,7 @@ template <> struct Rows<w8a16::Weights> {
 
     bool allocate(int64_t rows, const w8a16::Weights &w, const Kernel &kernel) {
         value_bytes = kernel.value_bytes;
-        const int64_t stride = w8a16::row_stride(w.inputs);
+        const int64_t stride = common::float_row_stride(w.inputs);
         memory = common::allocate(rows * stride * value_bytes);
         all = {memory.get(), stride};
         return memory != nullptr;
@@ -88,7 +88,7 @@ template <> struct Rows<w8a16::Weights> {
     }
     void copy(int64_t row, const Rows &to, int64_t place) const {
         const int64_t bytes = all.stride * value_bytes;
-        std::copy_n(all.values + row * bytes, bytes - w8a16::kRowPadding * value_bytes, to.all.values + place * bytes);
+        std::copy_n(all.values + row * bytes, bytes - common::kFloatRowPadding * value_bytes, to.all.values + place * bytes);
     }
 };
 

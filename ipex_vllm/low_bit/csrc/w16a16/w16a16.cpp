@@ -19,7 +19,7 @@ int32_t w16a16_linear(const void *x, const void *packed, const void *bias, void 
     const Weights weights{static_cast<const uint8_t *>(packed), outputs, inputs, DType(weight_dtype)};
     const Output output{out, DType(dtype), bias, DType(bias_dtype)};
 
-    const int64_t stride = row_stride(inputs);
+    const int64_t stride = common::float_row_stride(inputs);
     const common::Buffer buffer = common::allocate(rows * stride * sizeof(float));
     if (!buffer) return -1;
     const Activations activations{reinterpret_cast<float *>(buffer.get()), stride};

@@ -12,7 +12,6 @@ using common::Output;
 
 constexpr int kLineBytes = 128;    // one packed line: 2 consecutive inputs of 32 outputs
 constexpr int kStretchLines = 64;  // lines of a tile that are used for all rows at once: 8 KiB of weights
-constexpr int kRowPadding = 16;    // activations between rows, so that rows do not meet in the same cache set
 
 enum Isa : int32_t { kNone = 0, kAvx2 = 1, kAvx512 = 2 };
 
@@ -41,9 +40,6 @@ struct Kernel {
 
 extern const Kernel kAvx2Kernel;
 extern const Kernel kAvx512Kernel;
-
-// Floats between two rows, so that each holds `inputs` and zeros up to whole vectors.
-inline int64_t row_stride(int64_t inputs) { return common::round_up(inputs, 16) + kRowPadding; }
 
 } // namespace w16a16
 

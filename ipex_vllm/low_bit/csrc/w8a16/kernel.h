@@ -89,16 +89,8 @@ void multiply(const Weights &w, const Activations &a, const Output &out, int64_t
 }
 
 template <class V> void convert(const void *x, DType dtype, const Weights &w, const Activations &a, int64_t row) {
-    const int64_t element = common::element_bytes(dtype);
-    const char *from = static_cast<const char *>(x) + row * w.inputs * element;
     auto *to = reinterpret_cast<typename V::Value *>(a.values) + row * a.stride;
-    int64_t k = 0;
-    for (; k + V::lanes <= w.inputs; k += V::lanes) V::store_values(to + k, common::load<V>(from, dtype, k));
-    if (k < w.inputs) {
-        alignas(64) char last[V::lanes * 4] = {};
-        std::memcpy(last, from + k * element, (w.inputs - k) * element);
-        V::store_values(to + k, common::load<V>(last, dtype, 0));
-    }
+    common::read_row<V>(x, dtype, w.inputs, row, [&](int64_t k, typename V::F values) { V::store_values(to + k, values); });
 }
 
 } // namespace

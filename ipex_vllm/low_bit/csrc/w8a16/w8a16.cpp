@@ -23,7 +23,7 @@ int32_t w8a16_linear(const void *x, const void *packed, const void *bias, void *
     const Weights weights{static_cast<const uint8_t *>(packed), outputs, inputs, group, Format(format)};
     const Output output{out, DType(dtype), bias, DType(bias_dtype)};
 
-    const int64_t stride = row_stride(inputs);
+    const int64_t stride = common::float_row_stride(inputs);
     const common::Buffer buffer = common::allocate(rows * stride * k.value_bytes);
     if (!buffer) return -1;
     const Activations activations{buffer.get(), stride};

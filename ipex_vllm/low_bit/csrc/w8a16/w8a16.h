@@ -13,7 +13,6 @@ using common::Output;
 constexpr int kScalesBytes = 128;    // 32 float32 scales, one per output of the tile: before each group of inputs
 constexpr int kLineBytes = 64;       // one packed line: 2 consecutive inputs of 32 outputs
 constexpr int kStretchLines = 128;   // lines of a tile that are used for all rows at once: 8 KiB of weights
-constexpr int kRowPadding = 16;      // activations between rows, so that rows do not meet in the same cache set
 
 enum Format : int32_t { kE4M3 = 0, kE5M2 = 1 };
 enum Isa : int32_t { kNone = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
@@ -50,9 +49,6 @@ extern const Kernel kAvx512Kernel;
 extern const Kernel kAvx512Bf16Kernel;
 
 const Kernel &kernel(int32_t isa);
-
-// Floats between two rows, so that each holds `inputs` and zeros up to whole vectors.
-inline int64_t row_stride(int64_t inputs) { return common::round_up(inputs, 16) + kRowPadding; }
 
 } // namespace w8a16
 
