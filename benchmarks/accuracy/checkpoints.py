@@ -1,8 +1,9 @@
 """Checkpoints in other tools' layouts: what computing them costs, against the same codes in float32 on Transformers.
 
-    python -m benchmarks.accuracy.checkpoints awq gptq int8-channels gguf
+    python -m benchmarks.accuracy.checkpoints awq gptq int8-channels bf16 gguf
 
-`gguf` is SmolLM2's own file (Q4_1, the embedding in Q8_0) against Transformers' float32 reading of it.
+`bf16` is the model rounded to that, computed in it and in float32. `gguf` is SmolLM2's own file (Q4_1, the embedding in
+Q8_0) against Transformers' float32 reading of it.
 Prints a line a measurement and, as the last line of its output, all of them as JSON.
 """
 
@@ -22,11 +23,10 @@ from benchmarks.accuracy.score import Reference, Score
 from benchmarks.accuracy.vllm_logits import score_vllm
 from benchmarks.checkpoints import LAYOUTS, write
 from ipex_vllm.demo import resolve_model_path
-from ipex_vllm.low_bit import UPSTREAM_KERNELS, gguf_directory, vllm_arguments
+from ipex_vllm.low_bit import OWN_16_BITS, UPSTREAM_KERNELS, gguf_directory, vllm_arguments
 
 # The widest that divides SmolLM2's rows of 576.
 GROUP_SIZE = 64
-GGUF = "gguf"
 # vLLM's own kernels take 8-bit activations, a scale a token, in bfloat16 on a CPU with AMX, unless told otherwise.
 UPSTREAM = {"additional_config": {UPSTREAM_KERNELS: True}}
 WAYS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
@@ -57,6 +57,26 @@ def scores(path: str, layout: str, windows: torch.Tensor) -> Iterator[tuple[str,
             yield way, score_vllm(folder, arguments, environ=environ)
 
 
+def in_16_bits(path: str, windows: torch.Tensor) -> Iterator[tuple[str, Score]]:
+    """The model at `path` with its weights rounded to bfloat16: by either kernel, and in float32."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        checkpoint = str(folder / "checkpoint")
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).save_pretrained(checkpoint)
+        AutoTokenizer.from_pretrained(path).save_pretrained(checkpoint)
+        meant: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        Reference.write(folder, meant.eval(), windows)
+        del meant
+        for way, arguments in (
+            ("ours", {"dtype": "bfloat16", "additional_config": {OWN_16_BITS: True}}),
+            ("upstream", {"dtype": "bfloat16"}),
+            ("float32", {"dtype": "float32"}),
+        ):
+            yield way, score_vllm(folder, {"model": checkpoint, **arguments})
+
+
 def own_file(path: str, windows: torch.Tensor) -> Iterator[tuple[str, Score]]:
     """SmolLM2's own file; at `path` is what Transformers reads from it."""
     from transformers import AutoModelForCausalLM
@@ -71,16 +91,19 @@ def own_file(path: str, windows: torch.Tensor) -> Iterator[tuple[str, Score]]:
             yield dtype, score_vllm(folder, {**arguments, "dtype": dtype})
 
 
+OTHERS = {"bf16": in_16_bits, "gguf": own_file}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("layouts", nargs="+", choices=[*LAYOUTS, GGUF])
+    parser.add_argument("layouts", nargs="+", choices=[*LAYOUTS, *OTHERS])
     parser.add_argument("--model", default="smollm2", help="smollm2, or a directory in full precision")
     parser.add_argument("--windows", type=int, default=12, help="of 512 tokens")
     options = parser.parse_args()
     path, rows = model_path(options.model), []
     windows = windows_of(options.model, path, options.windows)
     for layout in options.layouts:
-        found = own_file(path, windows) if layout == GGUF else scores(path, layout, windows)
+        found = OTHERS[layout](path, windows) if layout in OTHERS else scores(path, layout, windows)
         for way, score in found:
             row = {"layout": layout, "way": way, **score.row()}
             rows.append(row)
