@@ -31,7 +31,9 @@ class SystemSpec:
     format: str = option("its weights, for the system and the roofline: a name from benchmarks.micro.bound.WEIGHTS")
     flags: str = option("more of its command line, quoted as in a shell", "")
     env: dict[str, Any] = field(default_factory=dict, metadata={"help": "environment variables"})
-    accuracy: str = option("which line of docs/results/accuracy.json is its, as FORMAT/WHAT (`benchmarks.tables`)", "")
+    accuracy: str = option(
+        "which line of docs/results/MACHINE/accuracy.json is its, as FORMAT/WHAT (`benchmarks.tables`)", ""
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

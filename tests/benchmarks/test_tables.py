@@ -37,22 +37,42 @@ RESULT = {
 @pytest.fixture
 def accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"model": "smollm2-dithered", "format": "sym_int4", "what": "vllm", "perplexity_ratio": 1.1215, "kl": 0.1126}
-    (tmp_path / "accuracy.json").write_text(json.dumps({"rows": [{**row, "model": "demo", "kl": 0.5}, row]}))
+    for machine, kl in (("xeon-amx", 0.1126), ("epyc-zen3", 0.1)):
+        rows = [{**row, "model": "demo", "kl": 0.5}, {**row, "kl": kl}]
+        (tmp_path / machine).mkdir()
+        (tmp_path / machine / "accuracy.json").write_text(json.dumps({"rows": rows}))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
 
 
 def test_a_comparison_s_table_has_each_system_s_figures_and_says_where_they_are_from(accuracy: None) -> None:
-    lines = tables.compared(RESULT).splitlines()
+    lines = tables.compared("xeon-amx", RESULT).splitlines()
     assert lines[0].count("|") == lines[2].count("|") == 11
     assert lines[2:] == [
         "| `a` | 10.0 |  | 50% | 30.0 |  | 50% | 2.00 |  |  |",
         "| `b` | 25.0 | 2.50 (2.40 to 2.60) | 50% | - |  |  | 2.00 | 1.121 | 0.113 |",
     ]
-    assert tables.compared(RESULT, only_speeds=True).splitlines()[3] == "| `b` | 25.0 | - | 1.121 | 0.113 |"
     assert tables.where(RESULT).endswith(
         "noise floor 3%, unknown. Accuracy: smollm2-dithered. "
         "2 cores of Some CPU (avx2, amx_tile), 2026-11-26, commit abc."
     )
+
+
+def test_machines_stand_side_by_side_each_with_its_own_accuracy(accuracy: None) -> None:
+    other = {**RESULT, "workloads": {"c1": RESULT["workloads"]["c1"]}}
+    header, _, *rows = tables.speeds({"xeon-amx": RESULT, "epyc-zen3": other}).splitlines()
+    assert header == (
+        "| output tokens/s | Xeon with AMX: 1 stream | 4 streams | perplexity ÷ float32's | KL, nats "
+        "| EPYC, Zen 3: 1 stream | perplexity ÷ float32's | KL, nats |"
+    )
+    assert rows == [
+        "| `a` | 10.0 | 30.0 |  |  | 10.0 |  |  |",
+        "| `b` | 25.0 | - | 1.121 | 0.113 | 25.0 | 1.121 | 0.100 |",
+    ]
+
+
+def test_a_machine_without_accuracy_has_the_first_s(accuracy: None, tmp_path: Path) -> None:
+    (tmp_path / "epyc-zen3" / "accuracy.json").unlink()
+    assert tables.accuracy_of("epyc-zen3", RESULT)["b"]["kl"] == 0.1126
 
 
 def test_an_accuracy_s_table() -> None:
@@ -68,5 +88,6 @@ def test_the_pages_have_the_tables_that_their_results_give() -> None:
         found += len(tables.BLOCK.findall(text))
     assert found > 0
     used = {match["name"] for page in tables.pages() for match in tables.BLOCK.finditer(page.read_text())}
-    specs = {path.stem for path in tables.RESULTS.glob("*.json")}
-    assert used <= specs
+    files = list(tables.RESULTS.glob("*/*.json"))
+    assert {path.parent.name for path in files} <= set(tables.MACHINES)
+    assert used <= {path.stem for path in files}
