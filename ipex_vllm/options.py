@@ -206,7 +206,7 @@ class WorkerOptions:
         parse=seconds,
     )
     compile: bool | None = option(
-        "torch.compile the model: a slower start, faster steps; default: by the size of the model", None
+        "torch.compile the model before it serves; default: by its size, beside the service", None
     )
     preload: bool = option("preload Intel's OpenMP and tcmalloc when they are installed", True)
     verbose: bool = option("show what the model library logs, too", False)

@@ -82,9 +82,9 @@ class EngineClient:
 
 
 async def start_engine(arguments: list[str]) -> Engine:
-    """Start the engine that a worker with these arguments would start. Raises OptionError and EngineError."""
+    """Start the engine of a worker with these arguments, compiled at once. Raises OptionError and EngineError."""
     engine_class, _, plan = worker.prepare(MachineFacts.probe(), arguments, None)
-    return await engine_class.start(plan)
+    return await engine_class.start(replace(plan, compile_beside=False))
 
 
 async def compare(

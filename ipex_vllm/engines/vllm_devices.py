@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ipex_vllm.errors import OptionError
+from ipex_vllm.low_bit import COMPILE_BESIDE
 from ipex_vllm.options import Device
 from ipex_vllm.plan.plan import Plan
 
@@ -44,6 +45,10 @@ def prepare_cpu(args: argparse.Namespace, plan: Plan) -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", thread_binding(plan))
     # The compiled model is kept, and the next start loads it (`low_bit/vllm/upstream.py`).
     os.environ.setdefault("VLLM_USE_AOT_COMPILE", "1")
+    if plan.compile_beside:
+        os.environ[COMPILE_BESIDE] = "1"
+    else:
+        os.environ.pop(COMPILE_BESIDE, None)
     # Of compiled grammars vLLM keeps 512 MB, which many different schemas fill. Here that is the model's memory, and an
     # eighth of it holds about a thousand.
     os.environ.setdefault("VLLM_XGRAMMAR_CACHE_MB", "64")

@@ -122,6 +122,7 @@ def make_plan(machine: MachineFacts, options: WorkerOptions, model: ModelFacts, 
         rank_cores=rank_cores,
         kv_cache_bytes=kv_cache_bytes,
         use_compile=use_compile,
+        compile_beside=options.compile is None,
         context=short,
         lines=(
             f"machine: {machine.name}; {', '.join(machine.isa) or 'no vector extension'}; "
@@ -258,7 +259,9 @@ def _choose_compile(options: WorkerOptions, model: ModelFacts, demands: Demands)
         return True, "vLLM's pipeline does not run eagerly on a CPU"
     if model.weight_bytes is not None and model.weight_bytes < MIN_WEIGHT_BYTES_TO_COMPILE:
         return False, f"{model.weight_bytes / (1 << 20):.0f} MiB of weights do not earn back the time it takes"
-    return True, "faster steps for up to a minute more at the first start; --no-compile starts at once"
+    if demands.num_ranks * demands.num_hosts > 1:
+        return True, "faster steps for up to a minute more at the first start; --no-compile starts at once"
+    return True, "faster steps, up to a minute after a first start; --compile waits for that, --no-compile stays eager"
 
 
 def _split(cores: Sequence[int], num_ranks: int) -> tuple[tuple[int, ...], ...]:

@@ -65,6 +65,7 @@ class Plan:
         context: what the context is shortened to, in tokens, where the model's own does not fit; None where it does.
         is_kv_cache_estimated: the engine measures what is left for the KV cache, once the model is loaded.
         use_compile: torch.compile the model, or run it eagerly.
+        compile_beside: where it is compiled, serve eagerly until that is done.
         memory_share: the share of a GPU's whole memory that the engine may fill; None without GPUs.
         serves_openai: the engine's own application for OpenAI's API is wanted, too.
         speculative: what drafts tokens, resolved: "auto" has become another.
@@ -86,6 +87,7 @@ class Plan:
     rank_cores: tuple[tuple[int, ...], ...]
     kv_cache_bytes: int
     use_compile: bool
+    compile_beside: bool = False
     context: int | None = None
     is_kv_cache_estimated: bool = False
     memory_share: float | None = None

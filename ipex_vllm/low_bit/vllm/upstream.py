@@ -27,7 +27,15 @@ from vllm.platforms import current_platform
 from vllm.v1.sample import sampler
 
 from ipex_vllm import low_bit
-from ipex_vllm.low_bit.vllm import alike_layers, attention, json_strings, picture_attention, sixteen_bits, speculation
+from ipex_vllm.low_bit.vllm import (
+    alike_layers,
+    attention,
+    compile_beside,
+    json_strings,
+    picture_attention,
+    sixteen_bits,
+    speculation,
+)
 from ipex_vllm.low_bit.vllm.config import LowBitConfig
 
 rotate = RotaryEmbedding.forward_cpu
@@ -56,6 +64,7 @@ def mend() -> None:
         allow_amx()
         alike_layers.mend()
         attention.mend()
+        compile_beside.mend()
         picture_attention.mend()
         sixteen_bits.mend()
         RotaryEmbedding.forward_cpu = rotate_heads
