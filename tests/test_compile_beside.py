@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm.v1.worker import cpu_model_runner
+import torch
 
 from ipex_vllm.low_bit.vllm import compile_beside
 from ipex_vllm.low_bit.vllm.compile_beside import CodeToCome, NothingToCompute, WarmUp
@@ -41,8 +41,11 @@ def ended_child(status: int) -> int:
 
 
 @pytest.fixture(autouse=True)
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_beside, "PAUSE_S", 0.05)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
 
 
 def until_changed(coming: CodeToCome, model: Model) -> tuple[str, int]:
@@ -58,17 +61,10 @@ def test_steps_are_eager_and_then_those_of_the_code(monkeypatch: pytest.MonkeyPa
     model = Model()
     coming = CodeToCome(model, ended_child(0))
     assert coming(model, 3) == ("eager", 3)
+    assert torch.get_num_threads() == 2, "one core is the compiler's"
     assert until_changed(coming, model) == ("compiled", 7)
     assert model.aot_compiled_fn is code, "which vLLM calls itself from then on"
-
-
-def test_a_busy_engine_changes_over_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_beside, "load", lambda model, path: code)
-    monkeypatch.setattr(compile_beside, "PAUSE_S", 1000.0)
-    monkeypatch.setattr(compile_beside, "NO_PAUSE_S", 0.2)
-    monkeypatch.setattr(compile_beside.time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.1)))
-    model = Model()
-    assert until_changed(CodeToCome(model, ended_child(0)), model) == ("compiled", 7)
+    assert torch.get_num_threads() == 3
 
 
 @pytest.mark.parametrize(("status", "kept"), [(1, code), (0, None)])
@@ -84,7 +80,8 @@ def test_steps_stay_eager_where_there_is_no_code(status: int, kept: Any, monkeyp
         time.sleep(0.05)
     assert told == ["steps stay eager, since the model was not compiled; --compile says why before it serves"]
     assert coming(model, 2) == ("eager", 2)
-    assert model.aot_compiled_fn is None
+    assert model.aot_compiled_fn(model, 3) == ("eager", 3)
+    assert torch.get_num_threads() == 3
 
 
 # The warm-up, whose batch nobody needs
@@ -154,7 +151,6 @@ def test_upstream_computes_the_batch_also_for_code_that_was_kept(monkeypatch: py
     )
     compile_beside.warm_up(runner)
     assert told == ["computed"]
-    assert cpu_model_runner.CPUModelRunner.warming_up_model is compile_beside.warm_up_without_a_batch
 
 
 def test_the_end_of_a_warm_up_is_no_error_of_a_model() -> None:

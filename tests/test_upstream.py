@@ -2,6 +2,7 @@
 
 import ast
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.model_executor.layers.activation import XIELU
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.model_executor.models import registry
 from vllm.v1.sample import sampler
 
 from ipex_vllm import fastchat_requests
@@ -251,6 +253,12 @@ def test_an_instruction_set_that_the_compiler_does_not_know_is_not_compiled_for(
 ) -> None:
     monkeypatch.setattr(VecAVX2, "_arch_flags", "-mavx2 -mavx4096")
     assert not upstream.ask_compiler(VecAVX2(), VecISA._avx_code)
+
+
+def test_a_models_class_is_looked_at_in_this_process() -> None:
+    upstream.mend()
+    assert registry._run_in_subprocess(os.getpid) == os.getpid()
+    assert upstream.call_elsewhere(os.getpid) != os.getpid(), "vLLM's own way, which imports vLLM once more"
 
 
 def test_ranks_are_still_compiled_at_the_first_request_that_asks_for_them() -> None:

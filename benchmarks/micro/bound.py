@@ -67,8 +67,12 @@ class Peaks:
     int8_ops_per_s: float
 
     def ops_per_s(self, compute: str) -> float:
-        """`float`: the faster of fp32 and bf16, since a core without bf16 arithmetic widens the weights instead."""
-        return self.int8_ops_per_s if compute == "int8" else max(self.fp32_ops_per_s, self.bf16_ops_per_s)
+        """`float`: the faster of fp32 and bf16, since a core without bf16 arithmetic widens the weights instead.
+
+        `int8`: likewise; without VNNI PyTorch's int8 is a plain loop, which tells nothing of the core.
+        """
+        floats = max(self.fp32_ops_per_s, self.bf16_ops_per_s)
+        return max(self.int8_ops_per_s, floats) if compute == "int8" else floats
 
 
 @dataclass(frozen=True)

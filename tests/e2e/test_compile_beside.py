@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,8 @@ def test_a_stream_goes_on_over_the_change_and_the_next_start_has_the_code(tmp_pa
     greedy = {"prompt": "The history of", "temperature": 0, "ignore_eos": True}
     with smollm2(tmp_path / "first", tmp_path / "kept") as running, ThreadPoolExecutor(1) as pool:
         assert COMPILING in running.output
-        assert compiler(running).nice() == 5
+        if len(os.sched_getaffinity(0)) > 1:
+            assert len(compiler(running).cpu_affinity() or []) < len(os.sched_getaffinity(0)), "a core is for steps"
         while COMPILED not in running.output:
             length = pool.submit(generate, running.url, **greedy, max_new_tokens=500).result()["usage"]
             assert length["completion_tokens"] == 500, "no token is lost"
@@ -57,6 +59,6 @@ def test_the_compiler_ends_with_the_worker(end: Callable[[Server], object], tmp_
 def test_a_compiler_that_dies_leaves_the_service(tmp_path: Path) -> None:
     with smollm2(tmp_path / "worker", tmp_path / "kept") as running:
         compiler(running).send_signal(signal.SIGKILL)
-        running.wait_for_output("steps stay eager, since the model was not compiled")
+        running.wait_for_output("steps stay eager")
         assert generate(running.url, prompt="def", max_new_tokens=8, ignore_eos=True)["usage"]["completion_tokens"] == 8
         assert running.stop() == 0

@@ -1,39 +1,41 @@
 """A model's compiled code, without a start that waits for it.
 
-vLLM compiles a model before it takes a request, and then has its largest batch computed, by new code or by what an
-earlier start has kept. Here nobody computes that batch. Code that has to be made is made by a fork of the engine, which
-has its weights and its imports, and steps run the model eagerly until it is there.
+vLLM compiles a model before it takes a request, or reads what an earlier start has kept, and then has its largest batch
+computed. Here nobody computes that batch. Where no code is kept, a fork of the engine makes it, which has its weights
+and its imports; steps run the model eagerly until a thread has read what the fork has kept.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from vllm import envs
 from vllm.compilation import decorators
 from vllm.compilation.counter import compilation_counter
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 from vllm.utils.system_utils import set_process_title
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from ipex_vllm.lifetime import die_with_parent
 from ipex_vllm.low_bit import COMPILE_BESIDE
 
-# vLLM configures the loggers below its own name only.
-logger = init_logger(f"vllm.{__name__}")
+# The worker's own, which an engine core that is a fork of it has as well.
+logger = logging.getLogger(__name__)
 
-# Beside steps that keep all cores busy the compiler has a quarter of one, and whatever they leave.
-COMPILER_NICENESS = 5
-# Reading the code takes a second or two of Python, in which no step goes on: that waits for so long a pause between
-# steps, and for one at most so long.
-PAUSE_S = 1.0
-NO_PAUSE_S = 10.0
+# Reading code is seconds of Python, most of them PyTorch's compiler being imported. A step, which gives Python's lock
+# away in each of its hundreds of operators, gets it back after so many seconds instead of 0.005.
+SWITCH_INTERVAL_S = 0.0002
+
+# PyTorch's own, in whose place vLLM puts a function that does nothing.
+set_num_threads = torch._C.set_num_threads
 
 load = decorators._try_load_aot_compiled_fn
 make = TorchCompileWithNoGuardsWrapper.aot_compile
@@ -100,6 +102,7 @@ def make_beside(model: Any, *arguments: Any, **options: Any) -> Any:
     child = os.fork()
     if child == 0:
         make_and_exit(model, arguments, options)
+    logger.info("compiling beside the service: steps are slower until that is done, for a minute or so")
     WarmUp.end(model, CodeToCome(model, child))
 
 
@@ -109,10 +112,10 @@ def make_and_exit(model: Any, arguments: Any, options: Any) -> NoReturn:
     try:
         die_with_parent()
         set_process_title("Compiler")
-        os.nice(COMPILER_NICENESS)
-        # OpenMP has bound the thread that was forked to one core.
+        # OpenMP has bound the thread that was forked to one core, where steps go on. The others are its other threads'.
         tasks = Path(f"/proc/{os.getppid()}/task").iterdir()
-        os.sched_setaffinity(0, set[int]().union(*(os.sched_getaffinity(int(task.name)) for task in tasks)))
+        cores = set[int]().union(*(os.sched_getaffinity(int(task.name)) for task in tasks))
+        os.sched_setaffinity(0, cores - os.sched_getaffinity(0) or cores)
         model.aot_compiled_fn = make(model, *arguments, **options)
         model.save_aot_compiled_function()
         status = 0
@@ -123,37 +126,42 @@ def make_and_exit(model: Any, arguments: Any, options: Any) -> NoReturn:
 
 
 class CodeToCome:
-    """What computes a model until the process `child` has compiled it: the model itself, eagerly."""
+    """What computes a model until the process `child` has made its code, and kept it: the model itself, eagerly.
+
+    With a thread less, whose core is the compiler's: the threads of each operator wait for each other, and sharing a
+    core with the compiler made steps fifteen times as long, while all that they leave of it was too little for that.
+    """
 
     def __init__(self, model: Any, child: int) -> None:
+        self._num_threads = torch.get_num_threads()
+        set_num_threads(max(self._num_threads - 1, 1))
         self._code: Any = None
-        self._last_step: float | None = None
-        logger.info("compiling beside the service: steps are eager until that is done, slower for up to a minute")
-        threading.Thread(target=self._wait, args=(model, child), daemon=True).start()
+        self._is_over = False
+        self._has_computed = threading.Event()
+        threading.Thread(target=self._get, args=(model, child), daemon=True).start()
 
     def __call__(self, model: Any, *arguments: Any, **options: Any) -> Any:
-        if self._code is None:
-            result = model.forward(*arguments, **options)
-            self._last_step = time.monotonic()
-            return result
-        model.aot_compiled_fn = self._code
-        return self._code(model, *arguments, **options)
+        is_over = self._is_over
+        compute = self._code or type(model).forward
+        result = compute(model, *arguments, **options)
+        self._has_computed.set()
+        if is_over:
+            # Not earlier: attention was planned for this step's number of threads.
+            set_num_threads(self._num_threads)
+            model.aot_compiled_fn = compute
+        return result
 
-    def _wait(self, model: Any, child: int) -> None:
+    def _get(self, model: Any, child: int) -> None:
         started = time.monotonic()
         _, status = os.waitpid(child, 0)
-        made = time.monotonic()
-        while not self._is_pausing(time.monotonic() - made):
-            time.sleep(PAUSE_S / 10)
-        code = load(model, model._aot_compilation_path) if status == 0 else None
-        if code is None:
+        took = time.monotonic() - started
+        self._has_computed.wait()  # until then the engine starts, by settings that reading changes for a while
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        self._code = load(model, model._aot_compilation_path) if status == 0 else None
+        sys.setswitchinterval(interval)
+        self._is_over = True
+        if self._code is None:
             logger.warning("steps stay eager, since the model was not compiled; --compile says why before it serves")
-            return
-        logger.info("compiled beside the service in %.0f s: steps are faster from now on", made - started)
-        self._code = code
-
-    def _is_pausing(self, waited: float) -> bool:
-        """Whether the engine has computed its first step, and then none for a while, or for long without a pause."""
-        if self._last_step is None:
-            return False
-        return waited > NO_PAUSE_S or time.monotonic() - self._last_step > PAUSE_S
+        else:
+            logger.info("compiled beside the service in %.0f s: steps are faster now", took)

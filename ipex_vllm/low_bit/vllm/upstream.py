@@ -8,9 +8,10 @@ import importlib
 import inspect
 import socket
 import subprocess
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable
@@ -23,6 +24,7 @@ from vllm.model_executor.layers.fused_moe.router import cpu_router
 from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.models import registry
 from vllm.platforms import current_platform
 from vllm.v1.sample import sampler
 
@@ -38,6 +40,8 @@ from ipex_vllm.low_bit.vllm import (
 )
 from ipex_vllm.low_bit.vllm.config import LowBitConfig
 
+T = TypeVar("T")
+
 rotate = RotaryEmbedding.forward_cpu
 route = cpu_router.CPURouter._compute_routing
 make_embedding = VocabParallelEmbedding.__init__
@@ -48,6 +52,7 @@ probe = VecISA.check_build
 convolve = gdn_attention._causal_conv1d_fwd_cpu
 rank_compiled = sampler.batched_count_greater_than
 hash_config = VllmConfig.compute_hash
+call_elsewhere = registry._run_in_subprocess
 
 
 def mend() -> None:
@@ -65,6 +70,7 @@ def mend() -> None:
         alike_layers.mend()
         attention.mend()
         compile_beside.mend()
+        registry._run_in_subprocess = call_here
         picture_attention.mend()
         sixteen_bits.mend()
         RotaryEmbedding.forward_cpu = rotate_heads
@@ -146,6 +152,14 @@ def ask_compiler(self: VecISA, code: str) -> bool:
     """
     command = [get_cpp_compiler(), *self.build_arch_flags().split(), "-fsyntax-only", "-x", "c++", "/dev/null"]
     return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def call_here(look: Callable[[], T]) -> T:
+    """What vLLM wants to know of a model's class at its first start, looked up here: no GPU is touched by that.
+
+    vLLM has another process look, which imports it once more.
+    """
+    return look()
 
 
 def rotate_heads(
