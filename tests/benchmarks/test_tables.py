@@ -73,6 +73,8 @@ def test_machines_stand_side_by_side_each_with_its_own_accuracy(accuracy: None) 
 def test_a_machine_without_accuracy_has_the_first_s(accuracy: None, tmp_path: Path) -> None:
     (tmp_path / "epyc-zen3" / "accuracy.json").unlink()
     assert tables.accuracy_of("epyc-zen3", RESULT)["b"]["kl"] == 0.1126
+    header = tables.speeds({"xeon-amx": RESULT, "epyc-zen3": RESULT}).splitlines()[0]
+    assert header.count("KL, nats") == 1
 
 
 def test_an_accuracy_s_table() -> None:
