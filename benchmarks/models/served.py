@@ -23,7 +23,7 @@ from benchmarks.models import questions
 from benchmarks.models.architecture import Architecture, Task
 
 FORK = multiprocessing.get_context("fork")
-START_TIMEOUT_S = 120
+START_TIMEOUT_S = 300
 FLAGS = (
     *("--no-register", "--no-preload", "--no-compile", "--kv-cache-gib", "0.0625", "--max-model-len", "128"),
     *("--max-num-seqs", "4", "--max-num-batched-tokens", "128"),
