@@ -86,9 +86,9 @@ def speeds(results: Mapping[str, Mapping[str, Any]]) -> str:
     """A row a system: on each machine its figure under each workload, and its accuracy if that machine measured it."""
     header = ["output tokens/s"]
     rows = {system: [f"`{system}`"] for result in results.values() for system in systems_of(result)}
+    first, measured = next(iter(results)), results_of("accuracy")
     for machine, result in results.items():
-        has_own = machine in results_of("accuracy") or not header[1:]
-        accuracy = accuracy_of(machine, result) if has_own else {}
+        accuracy = accuracy_of(machine, result) if machine == first or machine in measured else {}
         titles = [*(title_of(result, name) for name in result["workloads"]), *(ACCURACY if accuracy else [])]
         header += [f"{MACHINES[machine]}: {titles[0]}", *titles[1:]]
         for system, cells in rows.items():
@@ -126,13 +126,18 @@ def title_of(result: Mapping[str, Any], workload: str) -> str:
 
 def accuracy_of(machine: str, result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The line of accuracy.json of each system whose spec names one."""
-    wanted = {name: system.get("accuracy") for name, system in result["spec"]["systems"].items()}
-    if not any(wanted.values()):
+    wanted = accuracy_wanted(result)
+    if not wanted:
         return {}
     measured = results_of("accuracy")
     rows = measured.get(machine, next(iter(measured.values())))["rows"]
     found = {f"{row['format']}/{row['what']}": row for row in rows if row["model"] == ACCURACY_MODEL}
-    return {name: found[row] for name, row in wanted.items() if row}
+    return {name: found[row] for name, row in wanted.items()}
+
+
+def accuracy_wanted(result: Mapping[str, Any]) -> dict[str, str]:
+    """The name of that line, FORMAT/WHAT, of each system whose spec has one."""
+    return {name: row for name, system in result["spec"]["systems"].items() if (row := system.get("accuracy"))}
 
 
 def accuracy_cells(row: Mapping[str, Any] | None) -> list[str]:
@@ -179,8 +184,7 @@ def where(result: Mapping[str, Any]) -> str:
         return told
     floors = [next(iter(workload["noise_floor"].values())) for workload in result["workloads"].values()]
     noise = ", ".join("unknown" if floor is None else f"{floor:.0%}" for floor in floors)
-    has_accuracy = any("accuracy" in system for system in result["spec"]["systems"].values())
-    model = f" Accuracy: {ACCURACY_MODEL}." if has_accuracy else ""
+    model = f" Accuracy: {ACCURACY_MODEL}." if accuracy_wanted(result) else ""
     ratios = f"Ratios to `{result['spec']['baseline']}`, 95 % intervals; noise floor {noise}."
     return f"{result['title']}. {ratios}{model} {told}"
 

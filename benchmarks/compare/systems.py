@@ -102,8 +102,8 @@ def fastchat_chain(model: Path, port: int, flags: Sequence[str]) -> Launch:
     def listen(module: str, offset: int) -> list[str]:
         return [sys.executable, "-m", module, "--host", HOST, "--port", str(port + offset)]
 
-    worker_options = ["--model-path", str(model), "--controller-address", controller, "--worker-address", worker]
-    worker_options.append("--compile")  # before it is measured
+    addresses = ["--controller-address", controller, "--worker-address", worker]
+    worker_options = ["--model-path", str(model), *addresses, COMPILED]
     return Launch(
         [
             Command(listen("fastchat.serve.controller", 1), ("POST", f"{controller}/list_models")),
@@ -122,8 +122,9 @@ def fastchat_chain(model: Path, port: int, flags: Sequence[str]) -> Launch:
 LISTEN = ("--host", HOST, "--port", "{port}")
 # Registers nowhere.
 WORKER = ("--model-path", "{model}", *LISTEN, "--no-register")
-# Compiled before it is measured, and not beside that.
-OUR_WORKER = ("-m", "ipex_vllm.worker", *WORKER, "--compile")
+# Our worker is compiled before it is measured, and not beside that.
+COMPILED = "--compile"
+OUR_WORKER = ("-m", "ipex_vllm.worker", *WORKER, COMPILED)
 
 SYSTEMS: dict[str, Server | Callable[[Path, int, Sequence[str]], Launch]] = {
     "ipex_vllm_worker": Server(argv=OUR_WORKER, protocol="fastchat"),

@@ -36,6 +36,11 @@ class VllmDevice:
     prepare: Callable[[argparse.Namespace, Plan], None]
 
 
+def can_fork() -> bool:
+    """Whether a fork of this process, or of one that is started by it, may compute: with Intel's OpenMP alone."""
+    return "libiomp5.so" in Path("/proc/self/maps").read_text()
+
+
 def thread_binding(plan: Plan) -> str:
     """Each rank's cores, as VLLM_CPU_OMP_THREADS_BIND has them."""
     return "|".join(",".join(map(str, cores)) for cores in plan.rank_cores)
@@ -45,7 +50,7 @@ def prepare_cpu(args: argparse.Namespace, plan: Plan) -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", thread_binding(plan))
     # The compiled model is kept, and the next start loads it (`low_bit/vllm/upstream.py`).
     os.environ.setdefault("VLLM_USE_AOT_COMPILE", "1")
-    if plan.compile_beside:
+    if plan.compile_beside and can_fork():
         os.environ[COMPILE_BESIDE] = "1"
     else:
         os.environ.pop(COMPILE_BESIDE, None)
@@ -89,7 +94,7 @@ def core_process(config: Any) -> Iterator[None]:
         return
     with OMPProcessManager(config).configure_omp_envs(rank=0, local_rank=0):
         original = utils.get_mp_context
-        if "libiomp5.so" in Path("/proc/self/maps").read_text():
+        if can_fork():
             utils.get_mp_context = lambda: multiprocessing.get_context("fork")
         try:
             yield

@@ -22,7 +22,7 @@ OWN_16_BITS = "ipex_vllm_own_16_bits"
 # The variable of vLLM's processes that names the folder of `vllm/packed_cache.py`. It is none of vLLM's arguments, of
 # which another value has the model compiled anew.
 LOW_BIT_CACHE = "IPEX_VLLM_LOW_BIT_CACHE"
-# The one, set to anything, that has a model compiled beside the service (`vllm/compile_beside.py`).
+# The one, set to anything, that has a model compiled beside the service, by a fork (`vllm/compile_beside.py`).
 COMPILE_BESIDE = "IPEX_VLLM_COMPILE_BESIDE"
 
 

@@ -57,6 +57,11 @@ def test_a_comparison_s_table_has_each_system_s_figures_and_says_where_they_are_
     )
 
 
+def test_a_comparison_without_accuracy_names_no_model_of_one() -> None:
+    spec = {**RESULT["spec"], "systems": {"a": {"accuracy": ""}}}  # as a spec that says nothing is recorded
+    assert "Accuracy" not in tables.where({**RESULT, "spec": spec})
+
+
 def test_machines_stand_side_by_side_each_with_its_own_accuracy(accuracy: None) -> None:
     other = {**RESULT, "workloads": {"c1": RESULT["workloads"]["c1"]}}
     header, _, *rows = tables.speeds({"xeon-amx": RESULT, "epyc-zen3": other}).splitlines()

@@ -95,9 +95,7 @@ def load_in_warm_up(model: Any, path: str) -> Any:
 
 def make_beside(model: Any, *arguments: Any, **options: Any) -> Any:
     """vLLM's `aot_compile`: the code of a model, for these arguments of its first call."""
-    # Only Intel's OpenMP can be forked once it has computed.
-    can_fork = "libiomp5.so" in Path("/proc/self/maps").read_text()
-    if not (WarmUp.is_running and COMPILE_BESIDE in os.environ and can_fork) or envs.VLLM_DISABLE_COMPILE_CACHE:
+    if not WarmUp.is_running or COMPILE_BESIDE not in os.environ or envs.VLLM_DISABLE_COMPILE_CACHE:
         return make(model, *arguments, **options)
     child = os.fork()
     if child == 0:
