@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import describe_machine
+from ipex_vllm.errors import OptionError
 from ipex_vllm.low_bit.kernels import w4a8, w8a8
 from ipex_vllm.machine.facts import MachineFacts
 from ipex_vllm.plan import cpu
@@ -219,7 +220,10 @@ def main() -> int:
     if args.isa:
         global isa
         isa = next(number for number, name in w4a8.ISAS.items() if name == args.isa)
-    cpu.apply(MachineFacts.probe())  # the libraries that the worker computes with
+    facts = MachineFacts.probe()
+    if "avx512_vnni" not in facts.isa:
+        raise OptionError("this comparison needs a CPU with AVX-512 VNNI: without, neither oneDNN's nor vLLM's kernels are there")
+    cpu.apply(facts)  # the libraries that the worker computes with
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     names, machine = available_kernels(), BusyMachine(args.threads)

@@ -94,8 +94,8 @@ __attribute__((noinline)) void accumulate(const uint8_t *block, const Activation
                 for (int i = line; i < line + lines_per_part; ++i, codes += L::line_bytes) {
                     I weights[2];
                     V::load_codes(codes, slice, weights);
-                    // One row leaves so little to compute that AMD's own prefetcher keeps up, and better alone.
-                    if constexpr (R > 1 || IsIntel) ahead.fetch();
+                    // One row that is computed in one pass leaves AMD's own prefetcher so evenly busy that it is better alone.
+                    if constexpr (R > 1 || V::slices > 1 || IsIntel) ahead.fetch();
 #pragma GCC unroll 8
                     for (int r = 0; r < R; ++r) {
                         const I quad = V::broadcast(x + r * a.stride + 4 * i);
@@ -118,17 +118,17 @@ __attribute__((noinline)) void accumulate(const uint8_t *block, const Activation
 }
 
 // The tile's sums for rows [begin, end). A stretch of the weights that fits the first-level cache is used for all
-// rows before the next one is read, so that the weights come from memory once.
+// rows and slices before the next one is read, so that the weights come from memory once.
 template <class V, class L, bool IsIntel>
 void accumulate_tile(const Matrix &w, const Activations &a, int64_t tile, int64_t begin, int64_t end, float *totals) {
     const int64_t row_blocks = (end - begin + V::max_rows - 1) / V::max_rows;
-    const int64_t stretch = row_blocks == 1 ? w.blocks : L::stretch_blocks;
-    const int64_t fetches = L::group / 4 * V::slices * row_blocks; // for each block
+    const int64_t passes = row_blocks * V::slices, stretch = passes == 1 ? w.blocks : L::stretch_blocks;
+    const int64_t fetches = L::group / 4 * passes; // for each block
     const uint8_t *first = tile_of<L>(w, tile) + L::head_bytes;
     for (int64_t b = 0; b < w.blocks; b += stretch) {
         const int64_t blocks = w.blocks - b < stretch ? w.blocks - b : stretch;
         const uint8_t *block = first + b * L::block_bytes;
-        const int64_t distance = row_blocks == 1 ? kPrefetchBytes : blocks * L::block_bytes;
+        const int64_t distance = passes == 1 ? kPrefetchBytes : blocks * L::block_bytes;
         Ahead<IsIntel> ahead{block + distance, (L::block_bytes + fetches - 1) / fetches};
         for_row_blocks(begin, end, row_blocks, [&](int64_t row, int64_t rows) {
             with_constant<V::max_rows>(rows, [&](auto R) {
