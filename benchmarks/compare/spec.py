@@ -19,6 +19,7 @@ METRICS = {
     "goodput_rps": True,
     "ttft_s.p50": False,
     "tpot_s.p50": False,
+    "itl_s.p99": False,
     "e2e_s.p50": False,
 }
 
