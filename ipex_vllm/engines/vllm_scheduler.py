@@ -17,6 +17,7 @@ FIRST_PROMPT_TOKENS = 128  # of a step, until one was measured
 LEAST_PROMPT_TOKENS = 16  # so that a prompt gets on whatever the machine's speed
 MEASURED_TOKENS = 32  # in shorter steps, what does not depend on the number of tokens takes most of the time
 NEWEST_SHARE = 0.5  # of the newest step in the mean speed
+AIMED_SHARE = 0.75  # of the longest gap: steps differ, and the answers' way to the client comes on top
 
 
 class Pace:
@@ -38,7 +39,7 @@ class Pace:
         """Tokens of a step in which `num_streams` get their next one and the rest is prompts'."""
         if self._tokens_per_s is None:
             return num_streams + FIRST_PROMPT_TOKENS
-        return max(int(self._tokens_per_s * self.max_gap), num_streams + LEAST_PROMPT_TOKENS)
+        return max(int(self._tokens_per_s * self.max_gap * AIMED_SHARE), num_streams + LEAST_PROMPT_TOKENS)
 
 
 class _Paced:
