@@ -33,6 +33,7 @@ from benchmarks.compare.findings import (
     table_rows,
     workload_title,
     write_files,
+    write_measured,
 )
 from benchmarks.compare.running import RunningSystem, split_cores
 from benchmarks.compare.spec import Spec, SystemSpec
@@ -224,6 +225,8 @@ def main() -> int:
         comparison.run()
     except KeyboardInterrupt:
         partial = True
+    if args.out:  # first: what took half an hour is kept whatever becomes of the report
+        write_measured(args.out, comparison.measurements)
     result = {
         "kind": "compare",
         "title": spec.title + (" (partial: interrupted)" if partial else ""),
@@ -234,7 +237,7 @@ def main() -> int:
         "machine": machine,
     }
     if args.out:
-        write_files(args.out, result, comparison.measurements)
+        write_files(args.out, result)
     for name, workload in result["workloads"].items():
         print_table(workload_title(name, workload), HEADER, table_rows(workload))
         print(front_line(workload))

@@ -61,10 +61,13 @@ class Findings:
         return {round: value for round, value in found.items() if value is not None}
 
     def ratio(self, stage: Stage, system: str, workload: str, metric: str) -> Ratio | None:
-        """Ratio to the baseline from the rounds that both have; None for fewer than two."""
+        """Ratio to the baseline from the rounds that both have; None for fewer than two.
+
+        A round in which one of them is 0, as goodput is where no request is in time, has no ratio.
+        """
         mine = self.values(stage, system, workload, metric)
         baseline = self.values(stage, self._spec.baseline, workload, metric)
-        rounds = sorted(mine.keys() & baseline.keys())
+        rounds = [round for round in sorted(mine.keys() & baseline.keys()) if mine[round] > 0 and baseline[round] > 0]
         if len(rounds) < 2:
             return None
         return paired_ratio([mine[round] for round in rounds], [baseline[round] for round in rounds])
@@ -105,7 +108,7 @@ class Findings:
             if name == self._spec.baseline:
                 says = "baseline"
             elif ratio is None or floor is None:
-                says = "not enough rounds"
+                says = "not enough rounds"  # with a ratio
             else:
                 says = verdict(ratio, floor, METRICS[metric])
             metrics[metric] = {
@@ -195,8 +198,16 @@ def front_line(workload: Mapping[str, Any]) -> str:
     )
 
 
-def write_files(out: Path, result: Mapping[str, Any], measurements: Sequence[Measurement]) -> None:
-    """Write JSON, Markdown, plots, and a CSV of the requests of each system and workload."""
+def write_measured(out: Path, measurements: Sequence[Measurement]) -> None:
+    """Write a CSV of the requests of each system and workload."""
+    for system, workload in sorted({(m.system, m.workload) for m in measurements if m.stage == "main"}):
+        runs = [m.run for m in measurements if (m.stage, m.system, m.workload) == ("main", system, workload)]
+        timelines = [timeline for run in runs for timeline in run.timelines]
+        write_requests(out / f"requests-{system}-{workload}.csv", timelines)
+
+
+def write_files(out: Path, result: Mapping[str, Any]) -> None:
+    """Write JSON, Markdown and plots."""
     write_json(out / "result.json", dict(result))
     blocks = [f"# {result['title']}", f"{result['machine']['date']}, {result['machine']['cpu']}"]
     for name, workload in result["workloads"].items():
@@ -207,10 +218,6 @@ def write_files(out: Path, result: Mapping[str, Any], measurements: Sequence[Mea
     if missing := {**result["absent"], **result["failed"]}:
         blocks.append("\n".join(f"- {name}: {why}" for name, why in missing.items()))
     (out / "summary.md").write_text("\n\n".join(blocks) + "\n")
-    for system, workload in sorted({(m.system, m.workload) for m in measurements if m.stage == "main"}):
-        runs = [m.run for m in measurements if (m.stage, m.system, m.workload) == ("main", system, workload)]
-        timelines = [timeline for run in runs for timeline in run.timelines]
-        write_requests(out / f"requests-{system}-{workload}.csv", timelines)
     _write_plots(out, result)
 
 

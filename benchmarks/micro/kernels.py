@@ -222,7 +222,9 @@ def main() -> int:
         isa = next(number for number, name in w4a8.ISAS.items() if name == args.isa)
     facts = MachineFacts.probe()
     if "avx512_vnni" not in facts.isa:
-        raise OptionError("this comparison needs a CPU with AVX-512 VNNI: without, neither oneDNN's nor vLLM's kernels are there")
+        raise OptionError(
+            "this comparison needs a CPU with AVX-512 VNNI: without, neither oneDNN's nor vLLM's kernels are there"
+        )
     cpu.apply(facts)  # the libraries that the worker computes with
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
