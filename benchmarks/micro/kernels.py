@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import describe_machine
-from ipex_vllm.errors import OptionError
+from benchmarks.options import BenchmarkError
 from ipex_vllm.low_bit.kernels import w4a8, w8a8
 from ipex_vllm.machine.facts import MachineFacts
 from ipex_vllm.plan import cpu
@@ -222,7 +222,7 @@ def main() -> int:
         isa = next(number for number, name in w4a8.ISAS.items() if name == args.isa)
     facts = MachineFacts.probe()
     if "avx512_vnni" not in facts.isa:
-        raise OptionError(
+        raise BenchmarkError(
             "this comparison needs a CPU with AVX-512 VNNI: without, neither oneDNN's nor vLLM's kernels are there"
         )
     cpu.apply(facts)  # the libraries that the worker computes with
