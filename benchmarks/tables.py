@@ -5,7 +5,7 @@ Where a page has `<!-- results NAME -->` and, below it, `<!-- end -->`, what sta
 NAME.json: a table, and a line that says on which CPU, when and on which commit. `<!-- results NAME speeds -->` is one
 table of all machines, side by side, without ratios, shares of the bound and memory. A test holds the pages to it. A
 comparison whose spec says where its systems' accuracy is in `accuracy.json` has it in its table, and as a plot,
-docs/images/NAME-accuracy-MACHINE.png. Accuracy is the same machine's; where that has none, the first's.
+docs/images/NAME-accuracy-MACHINE.png. Accuracy is the same machine's; where that has not measured it, another's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,13 @@ MACHINES = {"xeon-amx": "Xeon with AMX", "epyc-zen3": "EPYC, Zen 3"}
 # The model that the systems' accuracy is of. It has the real weights, moved off the 4-bit grid of their own file.
 ACCURACY_MODEL = "smollm2-dithered"
 ACCURACY = ["perplexity ÷ float32's", "KL, nats"]
-WHAT = {"vllm": "ours on vLLM", "openvino": "OpenVINO", "llama-cpp": "llama.cpp"}
+WHAT = {
+    "vllm": "ours on vLLM",
+    "transformers": "ours on Transformers",
+    "upstream": "vLLM alone",
+    "openvino": "OpenVINO",
+    "llama-cpp": "llama.cpp",
+}
 BLOCK = re.compile(r"(<!-- results (?P<name>[\w.-]+)(?P<speeds> speeds)? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -130,8 +136,10 @@ def accuracy_of(machine: str, result: Mapping[str, Any]) -> dict[str, Mapping[st
     if not wanted:
         return {}
     measured = results_of("accuracy")
-    rows = measured.get(machine, next(iter(measured.values())))["rows"]
-    found = {f"{row['format']}/{row['what']}": row for row in rows if row["model"] == ACCURACY_MODEL}
+    own = measured.get(machine)
+    results = [*reversed(measured.values()), *([own] if own else [])]  # the later row counts
+    rows = [row for result in results for row in result["rows"] if row["model"] == ACCURACY_MODEL]
+    found = {f"{row['format']}/{row['what']}": row for row in rows}
     return {name: found[row] for name, row in wanted.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pydoc_data.topics
 import re
 import subprocess
@@ -17,9 +18,11 @@ from transformers import AutoModelForCausalLM
 from benchmarks import make_gguf
 from benchmarks.accuracy.score import TOPICS, WINDOW, Reference, Score
 from benchmarks.accuracy.vllm_logits import score_vllm
+from ipex_vllm.engines.older_transformers import readable_model
 from ipex_vllm.low_bit.formats import FORMATS
 from ipex_vllm.low_bit.save import save
 
+IPEX_LLM_PYTHON = Path(".venv-ipex-llm/bin/python")
 OPENVINO_PYTHON = Path(".venv-openvino/bin/python")
 LLAMA_CPP = Path(".cache/llama-cpp/bin")
 
@@ -46,12 +49,28 @@ def openvino(path: str, folder: Path) -> Iterator[tuple[str, Score]]:
 
 
 def upstream(path: str, folder: Path) -> Iterator[tuple[str, Score]]:
-    """vLLM without this package, on the checkpoints that `save` writes."""
+    """vLLM without this package: in two dtypes, and on the checkpoints that `save` writes."""
+    for name in ("bf16", "fp32"):
+        yield name, score_vllm(folder, {"model": path, "dtype": FORMATS[name].dtype}, plugin=False)
     for name in ("sym_int4", "sym_int8"):
         with tempfile.TemporaryDirectory() as temporary:
             saved = Path(temporary) / "saved"
             save(path, FORMATS[name], saved)
             yield name, score_vllm(folder, {"model": str(saved)}, plugin=False)
+
+
+def ipex_llm(path: str, folder: Path) -> Iterator[tuple[str, Score]]:
+    """ipex-llm 2.2.0's own layers in its own vLLM, in the checkpoint's dtype, as its worker has them."""
+    if not IPEX_LLM_PYTHON.exists():
+        raise SystemExit(f"error: {IPEX_LLM_PYTHON} is not there: run `make env-ipex-llm`")
+    # It asks the first pip in PATH which vLLM is installed, and takes the cache's size in whole GiB.
+    search = os.pathsep.join([str(IPEX_LLM_PYTHON.parent.absolute()), os.environ.get("PATH", "")])
+    environ = {"PATH": search, "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": os.getcwd()}
+    for name in ("sym_int4", "asym_int4", "sym_int8"):
+        with tempfile.TemporaryDirectory() as temporary:
+            arguments = {"model": readable_model(path, Path(temporary)), "load_in_low_bit": name}
+            python = str(IPEX_LLM_PYTHON.absolute())
+            yield name, score_vllm(folder, arguments, plugin=False, environ=environ, python=python)
 
 
 def llama_cpp(path: str, folder: Path) -> Iterator[tuple[str, Score]]:
@@ -92,6 +111,7 @@ def read_perplexity(output: str) -> Score:
 PEERS: dict[str, Callable[[str, Path], Iterator[tuple[str, Score]]]] = {
     "openvino": openvino,
     "upstream": upstream,
+    "ipex-llm": ipex_llm,
     "llama-cpp": llama_cpp,
 }
 

@@ -3,7 +3,8 @@
 python -m benchmarks.accuracy.vllm_logits FOLDER_OF_THE_REFERENCE JSON_OF_ENGINE_ARGUMENTS
 
 vLLM gives the log probabilities of a prompt's tokens, and would turn each into a Python object. What it computes them
-from is taken where the model hands it over instead. The last line of the output begins with RESULT.
+from is taken where the model hands it over instead. In ipex-llm's environment it is ipex-llm's vLLM, whose arguments
+have `load_in_low_bit`. The last line of the output begins with RESULT.
 """
 
 from __future__ import annotations
@@ -25,15 +26,20 @@ MARK = "RESULT "
 
 
 def score_vllm(
-    folder: Path, arguments: dict[str, Any], *, plugin: bool = True, environ: dict[str, str] | None = None
+    folder: Path,
+    arguments: dict[str, Any],
+    *,
+    plugin: bool = True,
+    environ: dict[str, str] | None = None,
+    python: str = sys.executable,
 ) -> Score:
     """Score vLLM with these engine arguments against the reference in `folder`; without `plugin`, upstream's alone.
 
-    `environ` are more variables for its process.
+    `environ` are more variables for its process, `python` is the interpreter of its environment.
 
     Raises RuntimeError with the process's last words.
     """
-    command = [sys.executable, "-m", __name__, str(folder), json.dumps(arguments)]
+    command = [python, "-m", "benchmarks.accuracy.vllm_logits", str(folder), json.dumps(arguments)]
     # One process, so that the model can be reached.
     variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", **os.environ, **(environ or {})}
     if not plugin:
@@ -45,9 +51,24 @@ def score_vllm(
     raise RuntimeError(f"{' '.join(command)} ended with status {done.returncode}: {done.stderr[-500:]}")
 
 
-def main() -> None:
-    from vllm import LLM, SamplingParams
+def open_vllm(arguments: dict[str, Any]) -> tuple[Any, Any]:
+    """The engine and its model."""
+    from vllm import LLM
 
+    own = {"distributed_executor_backend": ONE_PROCESS, "kv_cache_memory_bytes": 1 << 28, "gpu_memory_utilization": 0.1}
+    llm = LLM(**{**own, **arguments})
+    return llm, llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.get_model()
+
+
+def open_ipex_llm(arguments: dict[str, Any]) -> tuple[Any, Any]:
+    """The engine of ipex-llm 2.2.0 on vLLM 0.6.6, and its model."""
+    from ipex_llm.vllm.cpu.engine import IPEXLLMClass
+
+    llm = IPEXLLMClass(**arguments)
+    return llm, llm.llm_engine.model_executor.driver_worker.model_runner.model
+
+
+def main() -> None:
     folder, arguments = Path(sys.argv[1]), json.loads(sys.argv[2])
     reference, score = Reference(folder), Score()
     length = reference.windows.shape[1]
@@ -57,21 +78,21 @@ def main() -> None:
         "max_num_seqs": 1,
         "enforce_eager": True,
         "enable_prefix_caching": False,
-        "kv_cache_memory_bytes": 1 << 28,
-        "gpu_memory_utilization": 0.1,
-        "distributed_executor_backend": ONE_PROCESS,
     }
-    llm = LLM(**{**settings, **arguments})
-    model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.get_model()
+    open_engine = open_ipex_llm if "load_in_low_bit" in arguments else open_vllm
+    llm, model = open_engine({**settings, **arguments})
     compute_logits, index = model.compute_logits, 0
 
     def counted(hidden_states: torch.Tensor, *rest: Any) -> torch.Tensor:
         logits: torch.Tensor = compute_logits(hidden_states, *rest)
-        if len(logits) == length - 1:  # those of the prompt; the others belong to the token that is generated
-            reference.count(score, index, logits)
+        # Those of the prompt, alone or, in vLLM 0.6.6, before that of the token that is generated.
+        if len(logits) >= length - 1:
+            reference.count(score, index, logits[: length - 1])
         return logits
 
     model.compute_logits = counted
+    from vllm import SamplingParams
+
     sampling = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
     for index, window in enumerate(reference.windows):  # noqa: B007  (`counted` reads it)
         llm.generate({"prompt_token_ids": window.tolist()}, sampling, use_tqdm=False)

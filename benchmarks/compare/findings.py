@@ -55,6 +55,10 @@ class Findings:
     def of(self, stage: Stage, system: str, workload: str) -> list[Measurement]:
         return [m for m in self._measurements if (m.stage, m.system, m.workload) == (stage, system, workload)]
 
+    def rounds(self, workload: str) -> list[int]:
+        """The rounds of the main stage in which anything was measured."""
+        return sorted({m.round for m in self._measurements if (m.stage, m.workload) == ("main", workload)})
+
     def values(self, stage: Stage, system: str, workload: str, metric: str) -> dict[int, float]:
         """Value by round, of the rounds that went well."""
         found = {m.round: m.value(metric) for m in self.of(stage, system, workload)}

@@ -9,13 +9,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.load.arrivals import ClosedLoop
+from benchmarks.load.arrivals import ClosedLoop, OpenLoop
 from benchmarks.load.client import Client, Clock, HttpClient
 from benchmarks.load.generate import Interrupted, LoadOptions, Work, run_load
 from benchmarks.load.metrics import Slo, Timeline, summarize
 from benchmarks.load.resources import ResourceSampler
 from benchmarks.load.workload import Lengths
-from benchmarks.micro.bound import WEIGHTS, ModelShape, Peaks, bound_tps
+from benchmarks.micro.bound import WEIGHTS, ModelShape, Peaks, bound_tps, work_bound_tps
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,22 @@ async def measure_client(client: Client, pids: Sequence[int], work: Work, option
 
 
 def bound_of(options: LoadOptions, work: Work, peaks: Peaks, shape: ModelShape, format: str) -> float | None:
-    """The roofline of this load in output tokens/s, or None where the formula does not hold.
+    """The roofline of this load in output tokens/s; None where a part of it is not measured.
 
-    It holds for single turns of fixed lengths from a closed loop, without a shared prefix.
+    Requests of fixed lengths from a closed loop are in step, which has a closer bound than others have.
     """
+    if work.warmup or work.cooldown:
+        return None
     prompt, output = Lengths.parse(options.prompt), Lengths.parse(options.output)
     is_plain = options.dataset is None and options.turns == 1 and options.prefix == 0
-    if not is_plain or {prompt.kind, output.kind} != {"fixed"} or not isinstance(work.arrivals, ClosedLoop):
-        return None
-    lengths = int(prompt.parameters[0]), int(output.parameters[0])
-    return bound_tps(peaks, shape, WEIGHTS[format], work.arrivals.concurrency, *lengths)
+    concurrency, last_s = None, 0.0
+    match work.arrivals:
+        case ClosedLoop(users) if is_plain and {prompt.kind, output.kind} == {"fixed"}:
+            lengths = int(prompt.parameters[0]), int(output.parameters[0])
+            return bound_tps(peaks, shape, WEIGHTS[format], users, *lengths)
+        case ClosedLoop(users):
+            concurrency = users
+        case OpenLoop(offsets):
+            last_s = float(offsets[-1] - offsets[0])
+    turns = [[(turn.num_tokens, turn.output_tokens) for turn in session.turns] for session in work.sessions]
+    return work_bound_tps(peaks, shape, WEIGHTS[format], turns, concurrency, options.prefix, last_s)

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,6 +126,43 @@ def bound_tps(
     for context in range(prompt_tokens + 1, prompt_tokens + output_tokens):
         total_s += step_s(1, concurrency * context * kv_bytes_per_token, context)
     return concurrency * output_tokens / total_s
+
+
+def work_bound_tps(
+    peaks: Peaks,
+    shape: ModelShape,
+    format: Weights,
+    sessions: Sequence[Sequence[tuple[int, int]]],
+    concurrency: int | None,
+    prefix: int,
+    last_arrival_s: float,
+) -> float:
+    """Most output tokens/s of sessions of (new prompt tokens, output tokens) turns, whoever shares a step with whom.
+
+    The time is at least that of all arithmetic; that of reading the weights once a step, of which there are as many as
+    the longest session has output tokens and as `concurrency` sessions at a time need (None: any number), and each
+    token's KV cache; and `last_arrival_s`. What a conversation has had so far is not computed again, nor are the first
+    `prefix` tokens, which all sessions share. Steps that read much and those that compute much are not told apart, so
+    this is more generous than `bound_tps`.
+    """
+    weight_bytes = (shape.body_weights * format.bits + shape.head_weights * format.head_bits) / 8
+    kv_bytes_per_token = 2 * shape.num_layers * shape.kv_width * 2
+    output_tokens = ops = attended = cached = 0
+    for index, turns in enumerate(sessions):
+        context = prefix if index else 0
+        for number, (prompt, output) in enumerate(turns):
+            new = prompt - (context if number == 0 else 0)
+            computed = new + output - 1  # the last token is not fed back
+            ops += 2 * shape.body_weights * computed + 2 * shape.head_weights * output
+            attended += computed * context + computed * (computed + 1) // 2
+            cached += (output - 1) * (context + new) + output * (output - 1) // 2
+            output_tokens += output
+            context += computed
+    ops += 4 * shape.num_layers * shape.attention_width * attended
+    longest = max(sum(output for _, output in turns) for turns in sessions)
+    steps = max(longest, output_tokens / (concurrency or output_tokens))
+    read_s = (steps * weight_bytes + cached * kv_bytes_per_token) / peaks.read_bytes_per_s
+    return output_tokens / max(read_s, ops / peaks.ops_per_s(format.compute), last_arrival_s)
 
 
 def measure_peaks() -> Peaks:
