@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import ChainMap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -89,12 +90,13 @@ def compared(machine: str, result: Mapping[str, Any]) -> str:
 
 
 def speeds(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """A row a system: on each machine its figure under each workload, and its accuracy if that machine measured it."""
+    """A row a system: on each machine its figure under each workload, and accuracy if it was all measured there."""
     header = ["output tokens/s"]
     rows = {system: [f"`{system}`"] for result in results.values() for system in systems_of(result)}
-    first, measured = next(iter(results)), results_of("accuracy")
+    first, measured = next(iter(results)), accuracy_lines()
     for machine, result in results.items():
-        accuracy = accuracy_of(machine, result) if machine == first or machine in measured else {}
+        has_all = set(accuracy_wanted(result).values()) <= measured.get(machine, {}).keys()
+        accuracy = accuracy_of(machine, result) if machine == first or has_all else {}
         titles = [*(title_of(result, name) for name in result["workloads"]), *(ACCURACY if accuracy else [])]
         header += [f"{MACHINES[machine]}: {titles[0]}", *titles[1:]]
         for system, cells in rows.items():
@@ -131,16 +133,18 @@ def title_of(result: Mapping[str, Any], workload: str) -> str:
 
 
 def accuracy_of(machine: str, result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The line of accuracy.json of each system whose spec names one."""
-    wanted = accuracy_wanted(result)
-    if not wanted:
-        return {}
-    measured = results_of("accuracy")
-    own = measured.get(machine)
-    results = [*reversed(measured.values()), *([own] if own else [])]  # the later row counts
-    rows = [row for result in results for row in result["rows"] if row["model"] == ACCURACY_MODEL]
-    found = {f"{row['format']}/{row['what']}": row for row in rows}
-    return {name: found[row] for name, row in wanted.items()}
+    """The line of accuracy.json of each system whose spec names one: the machine's, or the first's that has it."""
+    measured = accuracy_lines()
+    lines = ChainMap(measured.get(machine, {}), *measured.values())
+    return {name: lines[line] for name, line in accuracy_wanted(result).items()}
+
+
+def accuracy_lines() -> dict[str, dict[str, Mapping[str, Any]]]:
+    """By machine and FORMAT/WHAT, what was measured of the one model."""
+    return {
+        machine: {f"{row['format']}/{row['what']}": row for row in result["rows"] if row["model"] == ACCURACY_MODEL}
+        for machine, result in results_of("accuracy").items()
+    }
 
 
 def accuracy_wanted(result: Mapping[str, Any]) -> dict[str, str]:

@@ -82,6 +82,14 @@ def test_a_machine_without_accuracy_has_the_first_s(accuracy: None, tmp_path: Pa
     assert header.count("KL, nats") == 1
 
 
+def test_what_a_machine_has_not_measured_is_the_first_s(accuracy: None, tmp_path: Path) -> None:
+    file = tmp_path / "epyc-zen3" / "accuracy.json"
+    file.write_text(file.read_text().replace("sym_int4", "sym_int8"))
+    assert tables.accuracy_of("epyc-zen3", RESULT)["b"]["kl"] == 0.1126
+    header = tables.speeds({"xeon-amx": RESULT, "epyc-zen3": RESULT}).splitlines()[0]
+    assert header.count("KL, nats") == 1
+
+
 def test_an_accuracy_s_table() -> None:
     row = {"model": "m", "format": "f", "what": "vllm", "perplexity_ratio": 1.0, "kl": 0.5, "same_top_token": 0.81}
     assert tables.accuracies({"rows": [row]}).splitlines()[2] == "| `f`, ours on vLLM | m | 1.000 | 0.500 | 81.0% |"
