@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from benchmarks.load.metrics import Timeline, tpot, ttft
 
@@ -115,8 +115,14 @@ def throughput_against_divergence(
             marker, colour = styles[system]
             axis.plot(divergence, tokens_per_s, f"{marker}C{colour}", markersize=9, label=system)
         axis.set(xscale="log", xlabel="divergence from float32, nats a token", ylabel="output tokens/s", title=workload)
-        axis.set_ylim(bottom=0)
         axis.margins(x=0.1)
+        axis.set_ylim(0, 1.08 * max(tokens_per_s for _, tokens_per_s in points.values()))
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        low, high = axis.get_xlim()
+        if high < 10 * low:  # else powers of ten are enough
+            axis.xaxis.set_minor_formatter(lambda value, _: f"{value:.1g}")
+        else:
+            axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3, which="both")
     axes[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(title)
