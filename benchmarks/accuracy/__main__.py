@@ -121,24 +121,29 @@ def main() -> None:
             flush=True,
         )
 
-    for name in options.models:
-        path = model_path(name)
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            original = open_float32(path)
-            reference = Reference.write(folder, original, windows_of(name, path, options.windows))
-            print(f"{name}: {reference.windows.numel()} tokens, perplexity {reference.perplexity():.2f}")
-            del original
-            for format in map(resolve, options.formats):
-                for what, score in measurements(name, path, format, folder, options.engines, options.parts):
-                    add(name, format.name, what, score)
-            for peer in options.peers:
-                for what, score in peers.scores(peer, path, folder):
-                    add(name, what, peer, score)
-    result = json.dumps({"kind": "accuracy", "windows": options.windows, "rows": rows, "machine": machine})
-    if options.out:
-        options.out.write_text(result + "\n")
-    print(result)
+    try:
+        for name in options.models:
+            path = model_path(name)
+            with tempfile.TemporaryDirectory() as temporary:
+                folder = Path(temporary)
+                original = open_float32(path)
+                reference = Reference.write(folder, original, windows_of(name, path, options.windows))
+                print(f"{name}: {reference.windows.numel()} tokens, perplexity {reference.perplexity():.2f}")
+                del original
+                for format in map(resolve, options.formats):
+                    for what, score in measurements(name, path, format, folder, options.engines, options.parts):
+                        add(name, format.name, what, score)
+                for peer in options.peers:
+                    try:
+                        for what, score in peers.scores(peer, path, folder):
+                            add(name, what, peer, score)
+                    except RuntimeError as error:  # a format that it has no kernel for on this CPU
+                        print(f"{peer}: {str(error).strip().splitlines()[-1]}", flush=True)
+    finally:  # what was measured is kept whatever became of the rest
+        result = json.dumps({"kind": "accuracy", "windows": options.windows, "rows": rows, "machine": machine})
+        if options.out:
+            options.out.write_text(result + "\n")
+        print(result)
 
 
 if __name__ == "__main__":
