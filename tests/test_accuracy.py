@@ -1,12 +1,14 @@
 """What is left of a real model's answers, through the kernels that serve: `benchmarks.accuracy` on less text."""
 
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from benchmarks.accuracy.__main__ import measurements, model_path, open_float32, windows_of
+from benchmarks.accuracy import peers
+from benchmarks.accuracy.__main__ import main, measurements, model_path, open_float32, windows_of
 from benchmarks.accuracy.score import Reference, Score, score_transformers
 from ipex_vllm.low_bit.formats import resolve
 from ipex_vllm.low_bit.hf import quantize_model
@@ -56,6 +58,28 @@ def test_the_unquantized_model_scores_as_itself(folder: Path) -> None:
     assert row["perplexity_ratio"] == pytest.approx(1, abs=1e-4)
     assert row["kl"] < 1e-5
     assert row["same_top_token"] > 0.998
+
+
+def test_a_peer_without_a_kernel_costs_neither_the_others_nor_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(path: str, folder: Path) -> Iterator[tuple[str, Score]]:
+        yield "before", Score(num_tokens=1)
+        raise RuntimeError("Traceback\nAttributeError: no such kernel\n")
+
+    def interrupted(path: str, folder: Path) -> Iterator[tuple[str, Score]]:
+        yield "after", Score(num_tokens=1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(peers.PEERS, "broken", broken)
+    monkeypatch.setitem(peers.PEERS, "interrupted", interrupted)
+    out = tmp_path / "accuracy.json"
+    options = ["--formats", "--windows", "1", "--peers", "broken", "interrupted", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["accuracy", *options])
+    with pytest.raises(KeyboardInterrupt):
+        main()
+    assert [row["format"] for row in json.loads(out.read_text())["rows"]] == ["before", "after"]
+    assert "broken: AttributeError: no such kernel\n" in capsys.readouterr().out
 
 
 def test_on_load_no_format_is_further_from_the_demo_model_than_nearest_rounding(tmp_path: Path) -> None:
