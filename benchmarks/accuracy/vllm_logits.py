@@ -39,7 +39,7 @@ def score_vllm(
 
     Raises RuntimeError with the process's last words.
     """
-    command = [python, "-m", "benchmarks.accuracy.vllm_logits", str(folder), json.dumps(arguments)]
+    command = [python, "-m", __name__, str(folder), json.dumps(arguments)]
     # One process, so that the model can be reached.
     variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", **os.environ, **(environ or {})}
     if not plugin:

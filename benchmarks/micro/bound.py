@@ -101,6 +101,20 @@ class ModelShape:
             raise BenchmarkError(f"{model}: no roofline for this model ({type(error).__name__}: {error})") from None
         return cls(layers * (attention + mlp), head, layers, heads * head_dim, kv_width)
 
+    def weight_bytes(self, format: Weights) -> float:
+        """What a step reads of weights."""
+        return (self.body_weights * format.bits + self.head_weights * format.head_bits) / 8
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Keys and values of all layers, in 16 bits."""
+        return 2 * self.num_layers * self.kv_width * 2
+
+    @property
+    def attention_ops(self) -> int:
+        """Operations of one token for each that it attends to: scores and values."""
+        return 4 * self.num_layers * self.attention_width
+
 
 def bound_tps(
     peaks: Peaks, shape: ModelShape, format: Weights, concurrency: int, prompt_tokens: int, output_tokens: int
@@ -112,19 +126,16 @@ def bound_tps(
     prefill yields the first token of each request; KV cache it writes and activations are left out, so the bound is
     a little generous. (The roofline model is Williams, Waterman and Patterson's, CACM 2009.)
     """
-    weight_bytes = (shape.body_weights * format.bits + shape.head_weights * format.head_bits) / 8
-    kv_bytes_per_token = 2 * shape.num_layers * shape.kv_width * 2
-    ops_per_s = peaks.ops_per_s(format.compute)
-    attention_ops = 4 * shape.num_layers * shape.attention_width
+    weight_bytes, ops_per_s = shape.weight_bytes(format), peaks.ops_per_s(format.compute)
 
     def step_s(tokens: int, cached_bytes: float, attended: float) -> float:
         read_s = (weight_bytes + cached_bytes) / peaks.read_bytes_per_s
-        ops = concurrency * (2 * shape.body_weights * tokens + 2 * shape.head_weights + attention_ops * attended)
+        ops = concurrency * (2 * shape.body_weights * tokens + 2 * shape.head_weights + shape.attention_ops * attended)
         return max(read_s, ops / ops_per_s)
 
     total_s = step_s(prompt_tokens, 0, prompt_tokens * (prompt_tokens + 1) / 2)
     for context in range(prompt_tokens + 1, prompt_tokens + output_tokens):
-        total_s += step_s(1, concurrency * context * kv_bytes_per_token, context)
+        total_s += step_s(1, concurrency * context * shape.kv_bytes_per_token, context)
     return concurrency * output_tokens / total_s
 
 
@@ -145,8 +156,6 @@ def work_bound_tps(
     `prefix` tokens, which all sessions share. Steps that read much and those that compute much are not told apart, so
     this is more generous than `bound_tps`.
     """
-    weight_bytes = (shape.body_weights * format.bits + shape.head_weights * format.head_bits) / 8
-    kv_bytes_per_token = 2 * shape.num_layers * shape.kv_width * 2
     output_tokens = ops = attended = cached = 0
     for index, turns in enumerate(sessions):
         context = prefix if index else 0
@@ -158,10 +167,10 @@ def work_bound_tps(
             cached += (output - 1) * (context + new) + output * (output - 1) // 2
             output_tokens += output
             context += computed
-    ops += 4 * shape.num_layers * shape.attention_width * attended
+    ops += shape.attention_ops * attended
     longest = max(sum(output for _, output in turns) for turns in sessions)
     steps = max(longest, output_tokens / (concurrency or output_tokens))
-    read_s = (steps * weight_bytes + cached * kv_bytes_per_token) / peaks.read_bytes_per_s
+    read_s = (steps * shape.weight_bytes(format) + cached * shape.kv_bytes_per_token) / peaks.read_bytes_per_s
     return output_tokens / max(read_s, ops / peaks.ops_per_s(format.compute), last_arrival_s)
 
 
