@@ -160,10 +160,8 @@ def test_embeddings_are_normalised_means(url: str, plain: Any, tokenizer: Any) -
         torch.testing.assert_close(torch.tensor(vector), expected.detach(), atol=1e-3, rtol=0)
 
 
-needs_avx512 = pytest.mark.skipif(
-    not {"avx512bw", "avx512vl", "avx512dq"}.issubset(Path("/proc/cpuinfo").read_text().split()),
-    reason="the extension packs bfloat16 for AVX-512 alone",
-)
+has_avx512 = {"avx512bw", "avx512vl", "avx512dq"}.issubset(Path("/proc/cpuinfo").read_text().split())
+needs_avx512 = pytest.mark.skipif(not has_avx512, reason="the extension packs bfloat16 for AVX-512 alone")
 
 
 @pytest.mark.parametrize("low_bit", [pytest.param("bf16", marks=needs_avx512), "sym_int8", "sym_int4"])
@@ -182,6 +180,16 @@ def test_each_format_answers_and_drains(low_bit: str, tmp_path: Path) -> None:
 def queue_length(url: str) -> int:
     length: int = httpx.post(f"{url}/worker_get_status", trust_env=False).json()["queue_length"]
     return length
+
+
+@pytest.mark.skipif(has_avx512, reason="the extension has bfloat16 here")
+@pytest.mark.parametrize("chosen", [(), ("--low-bit", "bf16")])
+def test_bfloat16_is_refused_where_the_extension_has_none(chosen: tuple[str, ...], tmp_path: Path) -> None:
+    command = ("-m", "workers.hf_worker", *OPTIONS, "--model-path", "demo", *chosen)
+    with Program(tmp_path / "worker", sys.executable, *command) as running:
+        assert running.process.wait(120) == 2
+        says = "and this one has neither; choose --low-bit fp32, sym_int8 or sym_int4"
+        assert running.output.splitlines()[-1].endswith(says)
 
 
 def test_a_model_whose_weights_the_extension_does_not_quantize_is_refused(tmp_path: Path) -> None:
