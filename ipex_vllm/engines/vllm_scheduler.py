@@ -17,7 +17,7 @@ FIRST_PROMPT_TOKENS = 128  # of a step, until one was measured
 LEAST_PROMPT_TOKENS = 16  # so that a prompt gets on whatever the machine's speed
 MEASURED_TOKENS = 32  # in shorter steps, what does not depend on the number of tokens takes most of the time
 NEWEST_SHARE = 0.5  # of the newest step in the mean speed
-AIMED_SHARE = 0.75  # of the longest gap: half of the steps take longer than the mean speed says
+AIMED_SHARE = 2 / 3  # of the longest gap: half of the steps take longer than the mean speed says
 
 
 class Pace:

@@ -21,12 +21,12 @@ def test_a_steps_tokens_follow_the_measured_speed() -> None:
     pace = Pace(max_gap=0.5)
     assert pace.budget(num_streams=3) == 3 + FIRST_PROMPT_TOKENS
     pace.measure(1000, 2.0)
-    assert pace.budget(num_streams=3) == 187  # three quarters of what half a second has room for
+    assert pace.budget(num_streams=3) == 166  # two thirds of what half a second has room for
     pace.measure(8, 0.1)  # mere streams: most of their step does not depend on their number
-    assert pace.budget(num_streams=3) == 187
+    assert pace.budget(num_streams=3) == 166
     for _ in range(20):  # another program takes half of the machine
         pace.measure(250, 1.0)
-    assert pace.budget(num_streams=3) == pytest.approx(93, abs=1)
+    assert pace.budget(num_streams=3) == pytest.approx(83, abs=1)
 
 
 def test_a_prompt_gets_on_however_slow_the_machine_is() -> None:
