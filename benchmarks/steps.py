@@ -123,7 +123,9 @@ class Clockwork:
             with profiler() if profiled else nothing() as kernels:
                 result = function(core)
             self._now[STEP] = time.perf_counter() - started
-            if self._num_decoding != self.shared[STREAMS] or FORWARD not in self._now:
+            # None decode in a step of prompts alone, nor are any asked for while the engine wakes up: it is no match.
+            is_counted = 0 < self._num_decoding == self.shared[STREAMS]
+            if not is_counted or FORWARD not in self._now:
                 return result
             found = kernels if profiled else self._now
             for name, seconds in found.items():
