@@ -37,19 +37,19 @@ def check_for_ipex(options: WorkerOptions) -> None:
     for flag, wish in (("--low-bit-head", options.low_bit_head), ("--low-bit-outer", options.low_bit_outer)):
         if wish is not None:
             raise OptionError(f"{flag}: with --ipex all layers have one format")
-    ipex = require_ipex()
+    require_ipex()
     if options.low_bit not in (None, *LOW_BIT_FORMATS):
         raise OptionError(f"--low-bit {options.low_bit}: with --ipex there are {', '.join(LOW_BIT_FORMATS)}")
-    if options.low_bit in (None, "bf16") and not ipex._C.onednn_has_bf16_support():
-        raise OptionError(
-            "--ipex: the extension has bfloat16 only on CPUs with AVX-512 or AVX-NE-CONVERT, and this one has neither; "
-            "choose --low-bit fp32, sym_int8 or sym_int4"
-        )
 
 
 def load_with_ipex(model_path: str, low_bit: str | None, trust_remote_code: bool) -> Any:
     """Load and optimize, in bfloat16 unless `low_bit` says otherwise. Raises EngineError."""
     ipex = require_ipex()
+    if low_bit in (None, "bf16") and not ipex._C.onednn_has_bf16_support():
+        raise EngineError(
+            "--ipex: the extension has bfloat16 only on CPUs with AVX-512 or AVX-NE-CONVERT, and this one has neither; "
+            "choose --low-bit fp32, sym_int8 or sym_int4"
+        )
     dtype = torch.float32 if low_bit == "fp32" else torch.bfloat16
     quantization = weights_only(ipex, low_bit) if low_bit in ("sym_int8", "sym_int4") else None
     # Transformers' name for it in the releases that the extension supports.

@@ -164,9 +164,10 @@ has_avx512 = {"avx512bw", "avx512vl", "avx512dq"}.issubset(Path("/proc/cpuinfo")
 needs_avx512 = pytest.mark.skipif(not has_avx512, reason="the extension packs bfloat16 for AVX-512 alone")
 
 
-@pytest.mark.parametrize("low_bit", [pytest.param("bf16", marks=needs_avx512), "sym_int8", "sym_int4"])
-def test_each_format_answers_and_drains(low_bit: str, tmp_path: Path) -> None:
-    with worker(tmp_path / "worker", "--model-path", "demo", "--low-bit", low_bit) as running:
+@pytest.mark.parametrize("low_bit", [None, pytest.param("bf16", marks=needs_avx512), "sym_int8", "sym_int4"])
+def test_each_format_answers_and_drains(low_bit: str | None, tmp_path: Path) -> None:
+    chosen = () if low_bit is None else ("--low-bit", low_bit)
+    with worker(tmp_path / "worker", "--model-path", "demo", *chosen) as running:
         question = "<|im_start|>user\nWhat does itertools.chain do?<|im_end|>\n<|im_start|>assistant\n"
         assert "iterable" in greedy(running.url, question, max_new_tokens=100)["text"]
         with ThreadPoolExecutor() as pool:
@@ -183,11 +184,10 @@ def queue_length(url: str) -> int:
 
 
 @pytest.mark.skipif(has_avx512, reason="the extension has bfloat16 here")
-@pytest.mark.parametrize("chosen", [(), ("--low-bit", "bf16")])
-def test_bfloat16_is_refused_where_the_extension_has_none(chosen: tuple[str, ...], tmp_path: Path) -> None:
-    command = ("-m", "workers.hf_worker", *OPTIONS, "--model-path", "demo", *chosen)
+def test_bfloat16_is_refused_where_the_extension_has_none(tmp_path: Path) -> None:
+    command = ("-m", "workers.hf_worker", *OPTIONS, "--model-path", "demo", "--low-bit", "bf16")
     with Program(tmp_path / "worker", sys.executable, *command) as running:
-        assert running.process.wait(120) == 2
+        assert running.process.wait(120) == 1
         says = "and this one has neither; choose --low-bit fp32, sym_int8 or sym_int4"
         assert running.output.splitlines()[-1].endswith(says)
 
