@@ -156,6 +156,10 @@ def accuracy_cells(row: Mapping[str, Any] | None) -> list[str]:
     return ["", ""] if row is None else [f"{row['perplexity_ratio']:.3f}", f"{row['kl']:.3f}"]
 
 
+def plot_name(name: str, machine: str) -> str:
+    return f"{name}-accuracy-{machine}.png"
+
+
 def plot_accuracy(name: str, machine: str, result: Mapping[str, Any]) -> None:
     """Speed against divergence with few streams and with many."""
     accuracy, workloads = accuracy_of(machine, result), list(result["workloads"])
@@ -168,8 +172,7 @@ def plot_accuracy(name: str, machine: str, result: Mapping[str, Any]) -> None:
         for workload in (workloads[0], workloads[-1])
     }
     title = f"{result['title']}; {MACHINES[machine]}"
-    file = ROOT / "docs" / "images" / f"{name}-accuracy-{machine}.png"
-    plots.throughput_against_divergence(panels, title, file)
+    plots.throughput_against_divergence(panels, title, ROOT / "docs" / "images" / plot_name(name, machine))
 
 
 def accuracies(result: Mapping[str, Any]) -> str:
@@ -202,12 +205,12 @@ def where(result: Mapping[str, Any]) -> str:
 
 
 def main() -> int:
+    texts = {page: page.read_text(encoding="utf-8") for page in pages()}
     for name in sorted({file.stem for file in RESULTS.glob("*/*.json")}):
         for machine, result in results_of(name).items():
-            if result["kind"] == "compare" and accuracy_of(machine, result):
+            if any(plot_name(name, machine) in text for text in texts.values()):
                 plot_accuracy(name, machine, result)
-    for page in pages():
-        text = page.read_text(encoding="utf-8")
+    for page, text in texts.items():
         if (new := rewritten(text)) != text:
             page.write_text(new, encoding="utf-8")
             print(page.relative_to(ROOT))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks import tables
+from benchmarks.load import plots
 
 MACHINE = {"cores": 2, "cpu": "Some CPU", "isa": ["avx2", "amx_tile"], "date": "2026-11-26T11:00:00", "commit": "abc"}
 
@@ -106,3 +107,16 @@ def test_the_pages_have_the_tables_that_their_results_give() -> None:
     files = list(tables.RESULTS.glob("*/*.json"))
     assert {path.parent.name for path in files} <= set(tables.MACHINES)
     assert used <= {path.stem for path in files}
+
+
+def test_a_system_that_answers_as_float32_does_is_in_the_plot_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plots.plt, "close", lambda figure: None)
+    plots.throughput_against_divergence({"1 stream": {"a": (0.0, 10.0), "b": (0.1, 20.0)}}, "T", tmp_path / "plot.png")
+    (axis,) = plots.plt.gcf().axes
+    assert [line.get_xdata()[0] for line in axis.lines] == [plots.LEAST_DIVERGENCE, 0.1]
+    assert axis.get_xlim()[0] < plots.LEAST_DIVERGENCE
+    assert axis.get_xlabel().endswith("(0.0005: that or less)")
+    monkeypatch.undo()
+    plots.plt.close("all")
