@@ -118,8 +118,9 @@ def throughput_against_divergence(
         for system, (divergence, tokens_per_s) in points.items():
             marker, colour = styles[system]
             axis.plot(max(divergence, LEAST_DIVERGENCE), tokens_per_s, f"{marker}C{colour}", markersize=9, label=system)
-        has_less = any(divergence < LEAST_DIVERGENCE for divergence, _ in points.values())
-        xlabel = "divergence from float32, nats a token" + has_less * f" ({LEAST_DIVERGENCE:g}: that or less)"
+        xlabel = "divergence from float32, nats a token"
+        if any(divergence < LEAST_DIVERGENCE for divergence, _ in points.values()):
+            xlabel += f" ({LEAST_DIVERGENCE:g}: that or less)"
         axis.set(xscale="log", xlabel=xlabel, ylabel="output tokens/s", title=workload)
         axis.margins(x=0.1)
         axis.set_ylim(0, 1.08 * max(tokens_per_s for _, tokens_per_s in points.values()))
