@@ -4,8 +4,9 @@
 Where a page has `<!-- results NAME -->` and, below it, `<!-- end -->`, what stands between is made of each machine's
 NAME.json: a table, and a line that says on which CPU, when and on which commit. `<!-- results NAME speeds -->` is one
 table of all machines, side by side, without ratios, shares of the bound and memory. A test holds the pages to it. A
-comparison whose spec says where its systems' accuracy is in `accuracy.json` has it in its table, and as a plot,
-docs/images/NAME-accuracy-MACHINE.png. Accuracy is the same machine's; where that has not measured it, another's.
+comparison whose spec says where its systems' accuracy is in `accuracy.json` has it in its table, and as a plot where a
+page shows docs/images/NAME-accuracy-MACHINE.png. Accuracy is the same machine's; where that has not measured it,
+another's.
 """
 
 from __future__ import annotations
