@@ -116,6 +116,14 @@ $(LLAMA_CPP)/bin/llama-server: | $(VENV)/.ready
 		-DCMAKE_C_FLAGS="$(LLAMA_CPP_FLAGS)" -DCMAKE_CXX_FLAGS="$(LLAMA_CPP_FLAGS)" $(llama_cpp_off)
 	ninja -C $(LLAMA_CPP) llama-server llama-quantize llama-perplexity
 
+# AMD's operators for vLLM, of the release that is for this PyTorch, in a folder of their own (benchmarks/compare/systems.py).
+ZENTORCH := .cache/zentorch
+.PHONY: env-zentorch
+env-zentorch: $(ZENTORCH)/zentorch  ## fetch the zentorch peer, for AMD's CPUs with AVX-512
+
+$(ZENTORCH)/zentorch: | $(VENV)/.ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(ZENTORCH) zentorch==2.13.0.2 deprecated==1.3.1 wrapt==2.5.2
+
 # What is not on PyPI, for Debian and Ubuntu.
 .PHONY: chromium deploy-tools tcmalloc
 apt_get := apt-get update -qq && apt-get install -y -qq --no-install-recommends

@@ -24,7 +24,7 @@ from benchmarks.load.output import markdown_table, number
 
 RESULTS = ROOT / "docs" / "results"
 # The folders of docs/results, in the order of the tables, and what a column calls them.
-MACHINES = {"xeon-amx": "Xeon with AMX", "epyc-zen3": "EPYC, Zen 3"}
+MACHINES = {"xeon-amx": "Xeon with AMX", "epyc-zen4": "EPYC, Zen 4", "epyc-zen3": "EPYC, Zen 3"}
 # The model that the systems' accuracy is of. It has the real weights, moved off the 4-bit grid of their own file.
 ACCURACY_MODEL = "smollm2-dithered"
 ACCURACY = ["perplexity ÷ float32's", "KL, nats"]
@@ -32,6 +32,7 @@ WHAT = {
     "vllm": "ours on vLLM",
     "transformers": "ours on Transformers",
     "upstream": "vLLM alone",
+    "zentorch": "vLLM with zentorch",
     "openvino": "OpenVINO",
     "llama-cpp": "llama.cpp",
 }

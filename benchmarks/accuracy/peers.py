@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks import make_gguf
 from benchmarks.accuracy.score import TOPICS, WINDOW, Reference, Score
 from benchmarks.accuracy.vllm_logits import score_vllm
+from benchmarks.compare.systems import ZENTORCH
 from ipex_vllm.engines.older_transformers import readable_model
 from ipex_vllm.low_bit.formats import FORMATS
 from ipex_vllm.low_bit.save import save
@@ -57,6 +58,15 @@ def upstream(path: str, folder: Path) -> Iterator[tuple[str, Score]]:
             saved = Path(temporary) / "saved"
             save(path, FORMATS[name], saved)
             yield name, score_vllm(folder, {"model": str(saved)}, plugin=False)
+
+
+def zentorch(path: str, folder: Path) -> Iterator[tuple[str, Score]]:
+    """vLLM without this package, with AMD's operators, which it takes on AMD's CPUs with AVX-512."""
+    if not ZENTORCH.is_dir():
+        raise SystemExit(f"error: {ZENTORCH} is not there: run `make env-zentorch`")
+    search = os.pathsep.join([str(ZENTORCH), os.getcwd()])
+    arguments = {"model": path, "dtype": FORMATS["bf16"].dtype}
+    yield "bf16", score_vllm(folder, arguments, plugin=False, environ={"PYTHONPATH": search})
 
 
 def ipex_llm(path: str, folder: Path) -> Iterator[tuple[str, Score]]:
@@ -111,6 +121,7 @@ def read_perplexity(output: str) -> Score:
 PEERS: dict[str, Callable[[str, Path], Iterator[tuple[str, Score]]]] = {
     "openvino": openvino,
     "upstream": upstream,
+    "zentorch": zentorch,
     "ipex-llm": ipex_llm,
     "llama-cpp": llama_cpp,
 }

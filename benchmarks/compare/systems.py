@@ -13,6 +13,9 @@ from benchmarks.options import BenchmarkError
 
 ROOT = Path(__file__).parents[2]
 HOST = "127.0.0.1"
+# AMD's operators, which vLLM takes on AMD's CPUs with AVX-512 as soon as they can be imported: so they lie in no
+# environment, and only what is told of their folder finds them.
+ZENTORCH = ROOT / ".cache" / "zentorch"
 
 
 class Absent(BenchmarkError):
@@ -71,6 +74,12 @@ def llama_server() -> str:
     return str(binary)
 
 
+def python_with_zentorch() -> str:
+    if not ZENTORCH.is_dir():
+        raise Absent("not installed: run `make env-zentorch`")
+    return sys.executable
+
+
 def fill(argv: Sequence[str], model: Path, port: int) -> list[str]:
     return [part.format(model=model, name=model.name, port=port) for part in argv]
 
@@ -125,6 +134,18 @@ WORKER = ("--model-path", "{model}", *LISTEN, "--no-register")
 # Our worker is compiled before it is measured, and not beside that.
 COMPILED = "--compile"
 OUR_WORKER = ("-m", "ipex_vllm.worker", *WORKER, COMPILED)
+# `python -m` because the `vllm` command of the CPU wheel dies looking for a distribution of that name.
+VLLM_SERVE = (
+    "-m",
+    "vllm.entrypoints.openai.api_server",
+    "--model",
+    "{model}",
+    "--served-model-name",
+    "{name}",
+    *LISTEN,
+)
+# vLLM without our plugin, unless the spec's VLLM_PLUGINS names it.
+NO_PLUGIN = {"VLLM_PLUGINS": ""}
 
 SYSTEMS: dict[str, Server | Callable[[Path, int, Sequence[str]], Launch]] = {
     "ipex_vllm_worker": Server(argv=OUR_WORKER, protocol="fastchat"),
@@ -139,20 +160,9 @@ SYSTEMS: dict[str, Server | Callable[[Path, int, Sequence[str]], Launch]] = {
         argv=("-m", "ipex_vllm.worker", "--engine", "ipex-llm", *WORKER),
         protocol="fastchat",
     ),
-    # `python -m` because the `vllm` command of the CPU wheel dies looking for a distribution of that name. Without our
-    # plugin unless the spec's VLLM_PLUGINS names it.
-    "vllm_serve": Server(
-        argv=(
-            "-m",
-            "vllm.entrypoints.openai.api_server",
-            "--model",
-            "{model}",
-            "--served-model-name",
-            "{name}",
-            *LISTEN,
-        ),
-        protocol="openai",
-        env={"VLLM_PLUGINS": ""},
+    "vllm_serve": Server(argv=VLLM_SERVE, protocol="openai", env=NO_PLUGIN),
+    "vllm_serve_zentorch": Server(
+        program=python_with_zentorch, argv=VLLM_SERVE, protocol="openai", env={**NO_PLUGIN, "PYTHONPATH": str(ZENTORCH)}
     ),
     # -P: beside the script lies a module named statistics, which would hide Python's.
     "openvino": Server(

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import yaml
 
+from benchmarks.compare import systems
 from benchmarks.compare.__main__ import Comparison
 from benchmarks.compare.findings import Findings
 from benchmarks.compare.running import RunningSystem
@@ -230,6 +231,20 @@ def test_a_server_that_dies_at_start_says_why(model: Path, tmp_path: Path) -> No
         RunningSystem(system, tmp_path / "log", {}, os.sched_getaffinity(0)),
     ):
         pass
+
+
+def test_zentorch_is_found_by_its_own_server_alone(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zentorch = ROOT / ".cache" / "zentorch"
+    monkeypatch.setattr(systems, "ZENTORCH", tmp_path / "absent")
+    with pytest.raises(systems.Absent, match="make env-zentorch"):
+        launch("vllm_serve_zentorch", model, 1, [])
+    monkeypatch.setattr(systems, "ZENTORCH", tmp_path)
+    plain, with_it = (launch(name, model, 1, []).commands[0] for name in ("vllm_serve", "vllm_serve_zentorch"))
+    assert with_it.argv == plain.argv
+    assert plain.env == {"VLLM_PLUGINS": ""}
+    assert with_it.env == {"VLLM_PLUGINS": "", "PYTHONPATH": str(zentorch)}
 
 
 def test_the_parts_of_a_step_add_up_to_what_a_client_sees() -> None:
