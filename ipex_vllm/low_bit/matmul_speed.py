@@ -1,8 +1,10 @@
 """How fast this machine multiplies in 16 bits and in float32: measured, since its CPU flags do not tell.
 
-One processor with AVX-512 BF16 computes in float32 at twice its speed in bfloat16, another with AMX at a fifth of it,
-and how much of that is left for a few rows depends on its memory. Ours (`kernels/w16a16.py`) is another choice. PyTorch
-is imported in a process of its own, so that what asks here needs none; what was measured is kept for the next start.
+One processor with AVX-512 BF16 computes in float32 at twice its speed in bfloat16, another at half of it, one with AMX
+at a fifth, and how much of that is left for a few rows depends on its memory. Ours (`kernels/w16a16.py`) is another
+choice. PyTorch is imported in a process of its own, so that what asks here needs none; what was measured is kept for
+the next start, unless other work had the cores meanwhile: a call of a millisecond that waits for a time slice takes
+eight.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +31,8 @@ ROWS = (1, 16, 256)  # decoding at 1 and at 16 streams, and a prompt
 DTYPES = ("bfloat16", "float16", "float32")
 OWN = " by our kernel"  # behind a dtype
 CALLS, CALLS_S = 3, 0.05  # so many for each dtype and number of rows, but no more once they took so many seconds
+ATTEMPTS = 8  # at most, where other work takes the cores
+WAITED_SHARE = 0.02  # of a call's time, the least that its threads waited for a core where other work had it
 CACHE_BYTES = 256 << 20  # more than most CPUs have: a step finds no weight in it, since it read all others before
 TIMEOUT_S = 30.0
 
@@ -38,18 +42,26 @@ VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 
 @dataclass(frozen=True)
 class MatmulTimes:
-    """Seconds of a layer's matmul, for as many rows each as ROWS has, by dtype; with OWN behind it by our kernel."""
+    """Seconds of a layer's matmul, for as many rows each as ROWS has, by dtype; with OWN behind it by our kernel.
+
+    `alone`: no other work had the cores meanwhile, as far as Linux can tell.
+    """
 
     seconds: Mapping[str, Sequence[float]]
+    alone: bool = True
 
     def describe(self, ways: Iterable[str]) -> str:
         """The times in words."""
         times = (f"{way} {', '.join(f'{1e3 * each:.2g}' for each in self.seconds[way])}" for way in ways)
-        return f"ms for {', '.join(map(str, ROWS))} rows of a {OUTPUTS}x{INPUTS} layer: {'; '.join(times)}"
+        told = f"ms for {', '.join(map(str, ROWS))} rows of a {OUTPUTS}x{INPUTS} layer: {'; '.join(times)}"
+        return told if self.alone else f"{told}; beside other work, so the next start measures again"
 
 
 def matmul_times(machine: MachineFacts, cores: Sequence[int]) -> MatmulTimes | None:
-    """The times on the logical CPUs `cores`, as an earlier start kept them or measured now; None if neither can be."""
+    """The times on the logical CPUs `cores`, as an earlier start kept them or measured now; None if neither can be.
+
+    What was measured beside other work is not kept.
+    """
     try:
         path = kept_path(machine, len(cores))
     except metadata.PackageNotFoundError:
@@ -64,6 +76,8 @@ def matmul_times(machine: MachineFacts, cores: Sequence[int]) -> MatmulTimes | N
         times = read(done.stdout)
     except (OSError, ValueError, KeyError, TypeError, subprocess.SubprocessError):
         return None
+    if not times.alone:
+        return times
     with contextlib.suppress(OSError):  # where nothing can be written, each start measures
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(f".{os.getpid()}")
@@ -83,21 +97,21 @@ def kept_path(machine: MachineFacts, num_cores: int) -> Path:
 def read(text: str) -> MatmulTimes:
     """The times that this module prints when it runs. Raises ValueError, KeyError and TypeError for another text."""
     found = json.loads(text)
-    seconds = {way: tuple(map(float, times)) for way, times in found.items()}
+    seconds = {way: tuple(map(float, times)) for way, times in found["seconds"].items()}
     if missing := {*DTYPES} - {*seconds}:
         raise KeyError(f"no times for {missing}")
     if any(len(times) != len(ROWS) or min(times) <= 0 for times in seconds.values()):
         raise ValueError(f"not as many times as {ROWS} has: {text}")
-    return MatmulTimes(seconds)
+    return MatmulTimes(seconds, bool(found["alone"]))
 
 
-def measure() -> dict[str, list[float]]:
-    """Seconds by dtype and kernel, with PyTorch's threads as they are: half a second, more on a slow machine."""
+def measure() -> MatmulTimes:
+    """The times with PyTorch's threads as they are: in half a second, more on a slow or busy machine."""
     import torch
 
     from ipex_vllm.low_bit.kernels import w16a16
 
-    times: dict[str, list[float]] = {}
+    times: dict[str, list[tuple[float, bool]]] = {}
     with torch.inference_mode():
         others = torch.ones(CACHE_BYTES // 4)
         for name in DTYPES:
@@ -107,7 +121,8 @@ def measure() -> dict[str, list[float]]:
                 packed = w16a16.pack(weight)
                 calls = [partial(w16a16.linear, ones(rows, weight.dtype), packed, None, OUTPUTS) for rows in ROWS]
                 times[name + OWN] = [call_time(call, others) for call in calls]
-    return times
+    seconds = {way: [took for took, _ in of_rows] for way, of_rows in times.items()}
+    return MatmulTimes(seconds, all(alone for of_rows in times.values() for _, alone in of_rows))
 
 
 def ones(rows: int, dtype: Any) -> Any:
@@ -132,22 +147,42 @@ def vllm_call(weight: Any, rows: int) -> Callable[[], object]:
     return partial(torch.ops.mkldnn._linear_pointwise, x, packed, None, "none", [], "")
 
 
-def call_time(multiply: Callable[[], object], others: Any) -> float:
-    """Seconds of a call that reads its weight from memory, at best; `others` takes its place in the caches."""
-    begin = time.perf_counter()
-    multiply()  # oneDNN makes its code
-    first = time.perf_counter() - begin
+def call_time(multiply: Callable[[], object], others: Any) -> tuple[float, bool]:
+    """Seconds of a call that reads its weight from memory, at best; `others` takes its place in the caches.
+
+    And whether no other work had the cores meanwhile. Calls during which it had count if there were no others.
+    """
+    first, alone = timed(multiply)  # oneDNN makes its code
     if first > 10 * CALLS_S:  # slow by far, whatever is added for that
-        return first
-    seconds: list[float] = []
-    while len(seconds) < CALLS and sum(seconds) < CALLS_S:
+        return first, alone
+    undisturbed: list[float] = []
+    disturbed: list[float] = []
+    for _ in range(ATTEMPTS):
         others.add_(1)
-        begin = time.perf_counter()
-        multiply()
-        seconds.append(time.perf_counter() - begin)
-    return min(seconds)
+        seconds, alone = timed(multiply)
+        (undisturbed if alone else disturbed).append(seconds)
+        if len(undisturbed) == CALLS or sum(undisturbed) >= CALLS_S:
+            break
+    return min(undisturbed or disturbed), bool(undisturbed)
+
+
+def timed(call: Callable[[], object]) -> tuple[float, bool]:
+    """Seconds of one call, and whether its threads had the cores all the time."""
+    waited, begin = seconds_waited(), time.perf_counter()
+    call()
+    seconds = time.perf_counter() - begin
+    return seconds, seconds_waited() - waited < WAITED_SHARE * seconds
+
+
+def seconds_waited() -> float:
+    """For how long this process's threads, together, could have run and had no core; 0 where Linux does not count."""
+    waited = 0
+    for statistics in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            waited += int(statistics.read_text().split()[1])
+    return waited / 1e9
 
 
 if __name__ == "__main__":
     os.sched_setaffinity(0, set(map(int, sys.argv[1:])))
-    print(json.dumps(measure()))
+    print(json.dumps(asdict(measure())))

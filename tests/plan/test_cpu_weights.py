@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from ipex_vllm.low_bit import matmul_speed
 from ipex_vllm.low_bit.matmul_speed import OWN, MatmulTimes
@@ -140,22 +146,89 @@ def test_the_cores_that_compute_are_measured(dual_xeon, monkeypatch):
     assert asked == [tuple(range(31))] * 2, "and nothing where there is nothing to choose"
 
 
-def test_this_machine_is_measured_once(monkeypatch, tmp_path):
-    """In a process with PyTorch, whose threads are on the cores; the next start reads what was kept."""
+def test_this_machine_is_measured(monkeypatch, tmp_path):
+    """In a process with PyTorch, whose threads are on the cores."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     machine = MachineFacts.probe()
-    cores = [machine.cpus[0].id]
-    times = matmul_speed.matmul_times(machine, cores)
+    times = matmul_speed.matmul_times(machine, [machine.cpus[0].id])
     assert times is not None
     assert f"bfloat16{OWN}" in times.seconds
     for seconds in times.seconds.values():
         assert 0 < seconds[0] < seconds[2], "256 rows take longer than one"
-    (kept,) = (tmp_path / "ipex-vllm").iterdir()
-    monkeypatch.setattr(matmul_speed.sys, "executable", "/no/python")
-    assert matmul_speed.matmul_times(machine, cores) == times
+    assert any(tmp_path.rglob("*")) == times.alone, "and kept where nothing else ran"
+
+
+@pytest.fixture
+def measuring(monkeypatch, tmp_path):
+    """Makes the process that measures say this, or be missing; nothing is kept yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    program = tmp_path / "python"
+    monkeypatch.setattr(matmul_speed.sys, "executable", str(program))
+
+    def say(times):
+        program.unlink(missing_ok=True)
+        if times is not None:
+            program.write_text(f"#!/bin/sh\necho '{json.dumps(asdict(times))}'\n")
+            program.chmod(0o700)
+
+    return say
+
+
+def test_what_was_measured_is_kept_for_this_machine_as_it_is_set(measuring, monkeypatch, tmp_path):
+    machine, cores = MachineFacts.probe(), [0]
+    measuring(MatmulTimes(AMX))
+    times = matmul_speed.matmul_times(machine, cores)
+    measuring(None)
+    assert times == matmul_speed.matmul_times(machine, cores) == MatmulTimes(AMX)
     assert matmul_speed.matmul_times(replace(machine, name="another"), cores) is None, "nothing of it is kept"
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     assert matmul_speed.matmul_times(machine, cores) is None
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    (kept,) = (tmp_path / "cache" / "ipex-vllm").iterdir()
     kept.write_text('{"bfloat16": [1, 2]}')
     assert matmul_speed.matmul_times(machine, cores) is None, "half a file is no measurement"
+
+
+def test_what_was_measured_beside_other_work_decides_one_start_alone(measuring, measured):
+    """A start beside two compilers kept 3.1 and 0.97 ms for one row, of 1.2 and 0.86, and so the slower kernel."""
+    machine, cores = MachineFacts.probe(), [0]
+    measuring(MatmulTimes(BF16, alone=False))
+    assert matmul_speed.matmul_times(machine, cores) == MatmulTimes(BF16, alone=False)
+    measuring(MatmulTimes(AMX))
+    assert matmul_speed.matmul_times(machine, cores) == MatmulTimes(AMX)
+    assert measured(VNNI)[1].count("beside other work") == 0
+    assert "beside other work" in MatmulTimes(VNNI, alone=False).describe(VNNI)
+
+
+@pytest.mark.parametrize(
+    ("waited", "found"),
+    [
+        ([0, 0, 0, 1, 1, 1], (0.08, True)),  # the call of 20 ms had waited, the one of 80 had not
+        (range(99), (0.02, False)),
+    ],
+)
+def test_calls_that_waited_for_a_core_count_where_there_are_no_others(monkeypatch, waited, found):
+    clock, reads, ticks = iter(range(1000)), iter(waited), iter([9, 1, 7, 2, 6, 3, 3, 3, 3])
+    monkeypatch.setattr(matmul_speed, "time", SimpleNamespace(perf_counter=lambda: next(clock) / 100))
+    monkeypatch.setattr(matmul_speed, "seconds_waited", lambda: next(reads))
+
+    def multiply():
+        for _ in range(next(ticks)):
+            next(clock)
+
+    seconds, alone = matmul_speed.call_time(multiply, torch.zeros(1))
+    assert (pytest.approx(seconds), alone) == found
+
+
+def test_linux_counts_how_long_this_process_has_waited_for_a_core():
+    core = min(os.sched_getaffinity(0))
+    with subprocess.Popen(["taskset", "--cpu-list", str(core), sys.executable, "-c", "while True: pass"]) as other:
+        try:
+            ours = f"import os; os.sched_setaffinity(0, {{{core}}}); from ipex_vllm.low_bit.matmul_speed import *"
+            spin = "def spin():\n e = time.perf_counter() + 0.5\n while time.perf_counter() < e: pass"
+            code = f"{ours}\n{spin}\nprint(timed(spin)[1], seconds_waited())"
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        finally:
+            other.kill()
+    alone, waited = done.stdout.split()
+    assert (alone, float(waited) > 0.1) == ("False", True)
