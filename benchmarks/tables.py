@@ -138,7 +138,7 @@ def accuracy_of(machine: str, result: Mapping[str, Any]) -> dict[str, Mapping[st
     """The line of accuracy.json of each system whose spec names one: the machine's, or the first's that has it."""
     measured = accuracy_lines()
     lines = ChainMap(measured.get(machine, {}), *measured.values())
-    return {name: lines[line] for name, line in accuracy_wanted(result).items() if line in lines}
+    return {name: lines[line] for name, line in accuracy_wanted(result).items()}
 
 
 def accuracy_lines() -> dict[str, dict[str, Mapping[str, Any]]]:

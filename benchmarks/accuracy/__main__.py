@@ -24,6 +24,7 @@ from benchmarks.accuracy.real_model import write_checkpoint
 from benchmarks.accuracy.score import Reference, Score, question_windows, score_transformers, text_windows
 from benchmarks.accuracy.vllm_logits import score_vllm
 from benchmarks.machine import describe_machine
+from benchmarks.options import run_main
 from ipex_vllm.demo import resolve_model_path
 from ipex_vllm.low_bit import importance, vllm_arguments
 from ipex_vllm.low_bit.formats import FORMATS, Format, resolve
@@ -99,7 +100,7 @@ def measurements(
         yield "vllm", score_vllm(folder, arguments)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["smollm2"], help=f"{', '.join(MODELS)}, or a directory")
     parser.add_argument("--formats", nargs="*", default=QUANTIZED, help="default: all that quantize")
@@ -144,7 +145,8 @@ def main() -> None:
         if options.out:
             options.out.write_text(result + "\n")
         print(result)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -18,13 +18,11 @@ from transformers import AutoModelForCausalLM
 from benchmarks import make_gguf
 from benchmarks.accuracy.score import TOPICS, WINDOW, Reference, Score
 from benchmarks.accuracy.vllm_logits import score_vllm
-from benchmarks.compare.systems import ZENTORCH
+from benchmarks.compare.systems import ZENTORCH, Absent, of_environment, python_with_zentorch
 from ipex_vllm.engines.older_transformers import readable_model
 from ipex_vllm.low_bit.formats import FORMATS
 from ipex_vllm.low_bit.save import save
 
-IPEX_LLM_PYTHON = Path(".venv-ipex-llm/bin/python")
-OPENVINO_PYTHON = Path(".venv-openvino/bin/python")
 LLAMA_CPP = Path(".cache/llama-cpp/bin")
 
 
@@ -33,16 +31,14 @@ def openvino(path: str, folder: Path) -> Iterator[tuple[str, Score]]:
 
     Its own groups of 128 do not divide SmolLM2's rows of 576.
     """
-    if not OPENVINO_PYTHON.exists():
-        raise SystemExit(f"error: {OPENVINO_PYTHON} is not there: run `make env-openvino`")
-    reference = Reference(folder)
+    python, reference = of_environment("openvino")(), Reference(folder)
     script = Path(__file__).with_name("openvino_logits.py")
     for name, weight_format, *group_size in (("int8", "int8"), ("int4", "int4", 64), ("int4-32", "int4", 32)):
         with tempfile.TemporaryDirectory() as temporary:
             out = Path(temporary) / "logits.npy"
             # -P: this folder holds modules whose names are those of libraries.
             arguments = (script, path, weight_format, folder / "windows.npy", out, *group_size)
-            subprocess.run([str(OPENVINO_PYTHON), "-P", *map(str, arguments)], check=True)
+            subprocess.run([python, "-P", *map(str, arguments)], check=True)
             logits, score = np.load(out, mmap_mode="r"), Score()
             for index in range(len(logits)):
                 reference.count(score, index, torch.from_numpy(np.array(logits[index])).float())
@@ -62,31 +58,27 @@ def upstream(path: str, folder: Path) -> Iterator[tuple[str, Score]]:
 
 def zentorch(path: str, folder: Path) -> Iterator[tuple[str, Score]]:
     """vLLM without this package, with AMD's operators, which it takes on AMD's CPUs with AVX-512."""
-    if not ZENTORCH.is_dir():
-        raise SystemExit(f"error: {ZENTORCH} is not there: run `make env-zentorch`")
-    search = os.pathsep.join([str(ZENTORCH), os.getcwd()])
+    python, search = python_with_zentorch(), os.pathsep.join([str(ZENTORCH), os.getcwd()])
     arguments = {"model": path, "dtype": FORMATS["bf16"].dtype}
-    yield "bf16", score_vllm(folder, arguments, plugin=False, environ={"PYTHONPATH": search})
+    yield "bf16", score_vllm(folder, arguments, plugin=False, environ={"PYTHONPATH": search}, python=python)
 
 
 def ipex_llm(path: str, folder: Path) -> Iterator[tuple[str, Score]]:
     """ipex-llm 2.2.0's own layers in its own vLLM, in the checkpoint's dtype, as its worker has them."""
-    if not IPEX_LLM_PYTHON.exists():
-        raise SystemExit(f"error: {IPEX_LLM_PYTHON} is not there: run `make env-ipex-llm`")
+    python = of_environment("ipex-llm")()
     # It asks the first pip in PATH which vLLM is installed, and takes the cache's size in whole GiB.
-    search = os.pathsep.join([str(IPEX_LLM_PYTHON.parent.absolute()), os.environ.get("PATH", "")])
+    search = os.pathsep.join([str(Path(python).parent), os.environ.get("PATH", "")])
     environ = {"PATH": search, "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": os.getcwd()}
     for name in ("sym_int4", "asym_int4", "sym_int8"):
         with tempfile.TemporaryDirectory() as temporary:
             arguments = {"model": readable_model(path, Path(temporary)), "load_in_low_bit": name}
-            python = str(IPEX_LLM_PYTHON.absolute())
             yield name, score_vllm(folder, arguments, plugin=False, environ=environ, python=python)
 
 
 def llama_cpp(path: str, folder: Path) -> Iterator[tuple[str, Score]]:
     """llama.cpp on the same pages, by its own tool: against its own float32 file, in the second halves of windows."""
     if not (LLAMA_CPP / "llama-perplexity").exists():
-        raise SystemExit(f"error: {LLAMA_CPP} is not there: run `make env-llama-cpp`")
+        raise Absent("llama.cpp is not installed: run `make env-llama-cpp`")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     with tempfile.TemporaryDirectory() as temporary:
         whole, text, logits = (Path(temporary) / name for name in ("whole.gguf", "text", "logits"))

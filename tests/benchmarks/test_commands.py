@@ -236,7 +236,7 @@ def test_a_server_that_dies_at_start_says_why(model: Path, tmp_path: Path) -> No
 def test_zentorch_is_found_by_its_own_server_alone(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    zentorch = ROOT / ".cache" / "zentorch"
+    zentorch = systems.ZENTORCH
     monkeypatch.setattr(systems, "ZENTORCH", tmp_path / "absent")
     with pytest.raises(systems.Absent, match="make env-zentorch"):
         launch("vllm_serve_zentorch", model, 1, [])
