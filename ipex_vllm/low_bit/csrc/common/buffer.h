@@ -8,8 +8,6 @@
 
 namespace common {
 
-constexpr int kCacheLine = 64;
-
 struct Free {
     void operator()(void *p) const { std::free(p); }
 };

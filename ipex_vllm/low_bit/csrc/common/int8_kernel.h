@@ -2,6 +2,8 @@
 // instruction set instantiates them. As in common/tile.h, everything is in an unnamed namespace.
 #pragma once
 
+#include <algorithm>
+
 #include "common/int8.h"
 #include "common/tile.h"
 
@@ -59,9 +61,9 @@ inline __attribute__((always_inline)) void add_group(const typename V::I (&dot)[
 
 // totals[r, :] += the products over `blocks` blocks, for R rows and one slice of the tile's outputs: V::lanes of the
 // first half and as many of the second.
-template <class V, class L, int R, bool IsIntel>
+template <class V, class L, int R, class Ahead>
 __attribute__((noinline)) void accumulate(const uint8_t *block, const Activations &a, int64_t row, int64_t first_block, int64_t blocks, int slice,
-                Ahead<IsIntel> &ahead, float *totals) {
+                Ahead &ahead, float *totals) {
     using I = typename V::I;
     constexpr int steps = L::group / L::step, lines = L::step / 4, lines_per_part = 8;
     const int column[2] = {slice * V::lanes, kTileOutputs / 2 + slice * V::lanes};
@@ -95,7 +97,7 @@ __attribute__((noinline)) void accumulate(const uint8_t *block, const Activation
                     I weights[2];
                     V::load_codes(codes, slice, weights);
                     // One row that is computed in one pass leaves AMD's own prefetcher so evenly busy that it is better alone.
-                    if constexpr (R > 1 || V::slices > 1 || IsIntel) ahead.fetch();
+                    if constexpr (R > 1 || V::slices > 1 || Ahead::stops_at_second_level) ahead.fetch();
 #pragma GCC unroll 8
                     for (int r = 0; r < R; ++r) {
                         const I quad = V::broadcast(x + r * a.stride + 4 * i);
@@ -118,24 +120,31 @@ __attribute__((noinline)) void accumulate(const uint8_t *block, const Activation
 }
 
 // The tile's sums for rows [begin, end). A stretch of the weights that fits the first-level cache is used for all
-// rows and slices before the next one is read, so that the weights come from memory once.
+// rows and slices before the next one is read, so that the weights come from memory once. One pass needs no stretches.
 template <class V, class L, bool IsIntel>
 void accumulate_tile(const Matrix &w, const Activations &a, int64_t tile, int64_t begin, int64_t end, float *totals) {
     const int64_t row_blocks = (end - begin + V::max_rows - 1) / V::max_rows;
-    const int64_t passes = row_blocks * V::slices, stretch = passes == 1 ? w.blocks : L::stretch_blocks;
-    const int64_t fetches = L::group / 4 * passes; // for each block
+    const int64_t passes = row_blocks * V::slices;
+    constexpr int64_t lines = L::group / 4, bytes_per_line = (L::block_bytes + lines - 1) / lines;
     const uint8_t *first = tile_of<L>(w, tile) + L::head_bytes;
-    for (int64_t b = 0; b < w.blocks; b += stretch) {
-        const int64_t blocks = w.blocks - b < stretch ? w.blocks - b : stretch;
-        const uint8_t *block = first + b * L::block_bytes;
-        const int64_t distance = passes == 1 ? kPrefetchBytes : blocks * L::block_bytes;
-        Ahead<IsIntel> ahead{block + distance, (L::block_bytes + fetches - 1) / fetches};
+    const auto accumulate_stretch = [&](const uint8_t *block, int64_t b, int64_t blocks, auto ahead) {
         for_row_blocks(begin, end, row_blocks, [&](int64_t row, int64_t rows) {
             with_constant<V::max_rows>(rows, [&](auto R) {
                 for (int slice = 0; slice < V::slices; ++slice)
-                    accumulate<V, L, R, IsIntel>(block, a, row, b, blocks, slice, ahead, totals + (row - begin) * kTileOutputs);
+                    accumulate<V, L, R>(block, a, row, b, blocks, slice, ahead, totals + (row - begin) * kTileOutputs);
             });
         });
+    };
+    if constexpr (V::slices == 1)
+        if (passes == 1) {
+            constexpr int cache_lines = (bytes_per_line + kCacheLine - 1) / kCacheLine;
+            using AheadOfAll = Ahead<IsIntel, cache_lines>;
+            return accumulate_stretch(first, 0, w.blocks, AheadOfAll{first + kPrefetchBytes, bytes_per_line});
+        }
+    for (int64_t b = 0; b < w.blocks; b += L::stretch_blocks) {
+        const int64_t blocks = std::min(w.blocks - b, int64_t(L::stretch_blocks));
+        const uint8_t *block = first + b * L::block_bytes, *next = block + blocks * L::block_bytes;
+        accumulate_stretch(block, b, blocks, Ahead<IsIntel>{next, (bytes_per_line + passes - 1) / passes});
     }
 }
 

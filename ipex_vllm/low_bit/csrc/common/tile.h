@@ -15,12 +15,14 @@ namespace {
 // read evenly and not only while codes are unpacked. A prefetch past the end of the weights is no access.
 // They go into the first-level cache or stop at the second: that one has more requests under way on Intel's CPUs, where
 // codes of few bits gain by it; on AMD's the detour takes longer.
-template <bool StopsAtSecondLevel> struct Ahead {
+template <bool StopsAtSecondLevel, int CacheLines = 1> struct Ahead {
+    static constexpr bool stops_at_second_level = StopsAtSecondLevel;
     const uint8_t *next;
-    int64_t bytes_per_line;
+    int64_t bytes_per_line; // at most CacheLines of the cache's lines: what is not fetched comes late
 
     void fetch() {
-        __builtin_prefetch(next, 0, StopsAtSecondLevel ? 2 : 3);
+#pragma GCC unroll 4
+        for (int i = 0; i < CacheLines; ++i) __builtin_prefetch(next + i * kCacheLine, 0, StopsAtSecondLevel ? 2 : 3);
         next += bytes_per_line;
     }
 };

@@ -5,6 +5,7 @@
 
 namespace common {
 
+constexpr int kCacheLine = 64;
 constexpr int kTileOutputs = 32;   // outputs in one tile of packed weights
 constexpr int kMaxTaskRows = 128;  // rows in one task: their sums stay in the first- or second-level cache
 constexpr int kPrefetchBytes = 4096; // how far ahead a tile is fetched when it is used only once
