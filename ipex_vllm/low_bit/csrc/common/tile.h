@@ -18,7 +18,7 @@ namespace {
 template <bool StopsAtSecondLevel, int CacheLines = 1> struct Ahead {
     static constexpr bool stops_at_second_level = StopsAtSecondLevel;
     const uint8_t *next;
-    int64_t bytes_per_line; // at most CacheLines of the cache's lines: what is not fetched comes late
+    int64_t bytes_per_line; // if these are more than CacheLines of the cache's, some lines are left to the hardware
 
     void fetch() {
 #pragma GCC unroll 4
