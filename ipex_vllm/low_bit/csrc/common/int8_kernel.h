@@ -61,9 +61,9 @@ inline __attribute__((always_inline)) void add_group(const typename V::I (&dot)[
 
 // totals[r, :] += the products over `blocks` blocks, for R rows and one slice of the tile's outputs: V::lanes of the
 // first half and as many of the second.
-template <class V, class L, int R, class Ahead>
+template <class V, class L, int R, bool IsIntel, int CacheLines>
 __attribute__((noinline)) void accumulate(const uint8_t *block, const Activations &a, int64_t row, int64_t first_block, int64_t blocks, int slice,
-                Ahead &ahead, float *totals) {
+                Ahead<IsIntel, CacheLines> &ahead, float *totals) {
     using I = typename V::I;
     constexpr int steps = L::group / L::step, lines = L::step / 4, lines_per_part = 8;
     const int column[2] = {slice * V::lanes, kTileOutputs / 2 + slice * V::lanes};
@@ -97,7 +97,7 @@ __attribute__((noinline)) void accumulate(const uint8_t *block, const Activation
                     I weights[2];
                     V::load_codes(codes, slice, weights);
                     // One row that is computed in one pass leaves AMD's own prefetcher so evenly busy that it is better alone.
-                    if constexpr (R > 1 || V::slices > 1 || Ahead::stops_at_second_level) ahead.fetch();
+                    if constexpr (R > 1 || V::slices > 1 || IsIntel) ahead.fetch();
 #pragma GCC unroll 8
                     for (int r = 0; r < R; ++r) {
                         const I quad = V::broadcast(x + r * a.stride + 4 * i);

@@ -16,7 +16,6 @@ namespace {
 // They go into the first-level cache or stop at the second: that one has more requests under way on Intel's CPUs, where
 // codes of few bits gain by it; on AMD's the detour takes longer.
 template <bool StopsAtSecondLevel, int CacheLines = 1> struct Ahead {
-    static constexpr bool stops_at_second_level = StopsAtSecondLevel;
     const uint8_t *next;
     int64_t bytes_per_line; // if these are more than CacheLines of the cache's, some lines are left to the hardware
 
