@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from benchmarks.checkpoints import LAYOUTS, write
-from ipex_vllm.low_bit import UPSTREAM_KERNELS
+from ipex_vllm.low_bit import OWN_16_BITS, UPSTREAM_KERNELS
 from ipex_vllm.low_bit.kernels.vllm_cpu import operators
 from tests.low_bit_logprobs import PROMPT
 from tests.test_low_bit_vllm import LINEARS, Result, run_vllm
@@ -98,6 +98,9 @@ def results(
     arguments |= {name: arguments_of(name, dtype="float16") for name in models if name.startswith("wide")}
     arguments |= {
         "dense awq, served": arguments_of("dense awq", dtype="bfloat16"),
+        "dense awq, its head by our kernel": arguments_of(
+            "dense awq", dtype="float16", additional_config={OWN_16_BITS: True}
+        ),
         "dense gptq-act-order, compiled": arguments_of("dense gptq-act-order", enforce_eager=False),
         "dense awq, upstream": arguments_of("dense awq", dtype="bfloat16", **upstream),
         "dense gptq-asym, upstream": arguments_of("dense gptq-asym", dtype="bfloat16", **upstream),
@@ -129,6 +132,7 @@ def test_the_codes_stand_for_what_the_tool_meant(
     "run",
     [
         "dense awq, served",
+        "dense awq, its head by our kernel",
         "dense gptq-act-order, compiled",
         "dense mxfp4, served",
         "dense int8-channels, served",
@@ -148,6 +152,12 @@ def test_with_8_bit_activations_the_rest_is_the_same(
     kernel = "w8a8" if "int8" in run else "w4a8" if run.startswith("dense") else "experts"
     assert f"layers use the kernel {kernel}" in results[run].log
     assert "activations rounded to 8 bits" in results[run].log
+
+
+def test_a_head_in_16_bits_is_multiplied_by_our_kernel_where_it_is_wanted(results: dict[str, Result]) -> None:
+    line = "layers in 16 bits use the kernel w16a16"
+    assert line in results["dense awq, its head by our kernel"].log
+    assert line not in results["dense awq, served"].log
 
 
 @pytest.mark.parametrize("layout", FP8)

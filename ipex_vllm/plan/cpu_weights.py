@@ -57,15 +57,18 @@ def choose_weights(
     """Choose for a rank whose logical CPUs are `cores`."""
     takes_own = demands.takes_own_16_bits and not options.upstream_kernels and model.num_hosts == 1
     asked = demands.dtype if options.low_bit is None else DTYPES.get(options.low_bit)
+    if model.is_quantized:  # its head most often is not
+        asked = demands.dtype or model.dtype
 
     def multiplied(dtype: str | None, line: str) -> Weights:
-        """The weights that `line` says; where they are in `dtype`, by whichever kernel is faster."""
-        if dtype not in SIXTEEN_BITS or model.is_quantized or not takes_own:
+        """The weights that `line` says; where they, or some of them, are in `dtype`, by whichever kernel is faster."""
+        if dtype not in SIXTEEN_BITS or not takes_own:
             return Weights(options, line)
         times = matmul_times(machine, cores)
         if times is None or (way := fastest_way(times, dtype, takes_own)) == dtype:
             return Weights(options, line)
-        return Weights(options, f"{line}, multiplied by our kernel ({times.describe((dtype, way))})", True)
+        layers = f"layers left in {dtype} " if model.is_quantized else ""
+        return Weights(options, f"{line}, {layers}multiplied by our kernel ({times.describe((dtype, way))})", True)
 
     if options.low_bit is not None:
         what = f"weights: {options.low_bit} (chosen with --low-bit)"
@@ -74,7 +77,7 @@ def choose_weights(
         return multiplied(asked, what)
     if model.is_quantized:
         what = f" ({model.quantization})" if model.quantization else ""
-        return Weights(options, f"weights: as they are in the checkpoint, which is quantized{what}")
+        return multiplied(asked, f"weights: as they are in the checkpoint, which is quantized{what}")
     if asked is not None:
         return multiplied(asked, f"weights: {asked} (chosen with --dtype)")
     if model.num_hosts > 1:
