@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from ipex_vllm.errors import OptionError
 from ipex_vllm.low_bit.matmul_speed import OWN, ROWS, MatmulTimes, matmul_times
+from ipex_vllm.low_bit.recipe import VISION
 from ipex_vllm.machine.facts import MachineFacts
 from ipex_vllm.machine.model import ModelFacts
 from ipex_vllm.options import WorkerOptions
@@ -57,7 +58,8 @@ def choose_weights(
     """Choose for a rank whose logical CPUs are `cores`."""
     takes_own = demands.takes_own_16_bits and not options.upstream_kernels and model.num_hosts == 1
     asked = demands.dtype if options.low_bit is None else DTYPES.get(options.low_bit)
-    if model.is_quantized:  # its head most often is not
+    leaves_layers = leaves_layers_in_16_bits(options, model)
+    if leaves_layers:
         asked = demands.dtype or model.dtype
 
     def multiplied(dtype: str | None, line: str) -> Weights:
@@ -67,7 +69,7 @@ def choose_weights(
         times = matmul_times(machine, cores)
         if times is None or (way := fastest_way(times, dtype, takes_own)) == dtype:
             return Weights(options, line)
-        layers = f"layers left in {dtype} " if model.is_quantized else ""
+        layers = f"layers left in {dtype} " if leaves_layers else ""
         return Weights(options, f"{line}, {layers}multiplied by our kernel ({times.describe((dtype, way))})", True)
 
     if options.low_bit is not None:
@@ -106,6 +108,14 @@ def choose_weights(
         "checkpoint's own, sym_int8 and sym_int4 take less memory)"
     )
     return Weights(replace(options, low_bit=FORMATS[best]), line, ways[best] != best)
+
+
+def leaves_layers_in_16_bits(options: WorkerOptions, model: ModelFacts) -> bool:
+    """Whether large layers stay as they are beside quantized ones, as a checkpoint's output head or a vision tower."""
+    if options.low_bit is None or model.is_quantized:
+        return model.is_quantized
+    leaves_any = options.low_bit_head == "none" or any(map(VISION.search, model.tensors))
+    return leaves_any and options.low_bit not in DTYPES
 
 
 def fastest_way(times: MatmulTimes, dtype: str, takes_own: bool) -> str:

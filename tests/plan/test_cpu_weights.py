@@ -134,6 +134,18 @@ def test_what_a_quantized_checkpoint_leaves_in_16_bits_is_multiplied_by_the_fast
         assert OWN not in elsewhere[1]
 
 
+def test_so_is_what_low_bit_leaves_in_16_bits(measured):
+    """A vision tower, or the head where it is told to: on a CPU with AVX2 alone."""
+    times = {**VNNI, f"bfloat16{OWN}": (1.2e-3, 3e-3, 50e-3)}
+    model = replace(MODEL, dtype="bfloat16", tensors={"model.layers.0.mlp.up_proj.weight": ((64, 64), 2)})
+    pictures = replace(model, tensors={**model.tensors, "visual.blocks.0.mlp.fc1.weight": ((64, 64), 2)})
+    told = "weights: sym_int4 (chosen with --low-bit), layers left in bfloat16 multiplied by our kernel ("
+    assert measured(times, pictures, low_bit="sym_int4")[1].startswith(told)
+    assert measured(times, model, low_bit="sym_int4", low_bit_head="none")[1].startswith(told)
+    assert measured(times, model, low_bit="sym_int4")[1] == "weights: sym_int4 (chosen with --low-bit)"
+    assert "left in" not in measured(times, pictures, low_bit="bf16")[1]
+
+
 def test_what_is_decided_already_is_not_measured(measured):
     def told(*arguments, **options):
         return measured(VNNI, *arguments, **options)[0]
