@@ -60,7 +60,7 @@ def choose_weights(
     asked = demands.dtype if options.low_bit is None else DTYPES.get(options.low_bit)
     leaves_layers = leaves_layers_in_16_bits(options, model)
     if leaves_layers:
-        asked = demands.dtype or model.dtype
+        asked = asked or demands.dtype or model.dtype
 
     def multiplied(dtype: str | None, line: str) -> Weights:
         """The weights that `line` says; where they, or some of them, are in `dtype`, by whichever kernel is faster."""
@@ -69,7 +69,7 @@ def choose_weights(
         times = matmul_times(machine, cores)
         if times is None or (way := fastest_way(times, dtype, takes_own)) == dtype:
             return Weights(options, line)
-        layers = f"layers left in {dtype} " if leaves_layers else ""
+        layers = f"layers left in {dtype}, if any, " if leaves_layers else ""
         return Weights(options, f"{line}, {layers}multiplied by our kernel ({times.describe((dtype, way))})", True)
 
     if options.low_bit is not None:

@@ -123,15 +123,19 @@ def test_what_a_quantized_checkpoint_leaves_in_16_bits_is_multiplied_by_the_fast
     """AWQ's head, in float16, for which a CPU has bfloat16's instructions alone."""
     times = {**BF16, "float16": (0.8e-3, 8.6e-3, 0.14), f"float16{OWN}": (0.9e-3, 2.1e-3, 30e-3)}
     awq = replace(MODEL, is_quantized=True, dtype="float16", quantization="awq")
-    told = "layers left in float16 multiplied by our kernel (ms for 1, 16, 256 rows of a 5632x2048 layer: float16 0.8,"
+    ours = "if any, multiplied by our kernel (ms for 1, 16, 256 rows of a 5632x2048 layer:"
+    told = f"layers left in float16, {ours} float16 0.8,"
     chosen, line = measured(times, awq)
     assert chosen is None
     assert line.startswith(f"weights: as they are in the checkpoint, which is quantized (awq), {told}")
     line = measured(times, awq, low_bit="asym_int4")[1]
     assert line.startswith(f"weights: asym_int4 (chosen with --low-bit), {told}")
     assert OWN in measured(times, replace(awq, dtype="bfloat16"), dtype="float16")[1], "the dtype that was asked for"
-    for elsewhere in (measured(times, awq, dtype="bfloat16"), measured(times, awq, upstream_kernels=True)):
-        assert OWN not in elsewhere[1]
+    for options in ({"dtype": "bfloat16"}, {"low_bit": "bf16"}, {"upstream_kernels": True}):
+        assert OWN not in measured(times, awq, **options)[1]
+    times = {**times, f"bfloat16{OWN}": (0.9e-3, 1e-3, 20e-3)}
+    told = f"weights: bf16 (chosen with --low-bit), layers left in bfloat16, {ours} bfloat16 1.1,"
+    assert measured(times, awq, low_bit="bf16")[1].startswith(told)
 
 
 def test_so_is_what_low_bit_leaves_in_16_bits(measured):
@@ -139,7 +143,7 @@ def test_so_is_what_low_bit_leaves_in_16_bits(measured):
     times = {**VNNI, f"bfloat16{OWN}": (1.2e-3, 3e-3, 50e-3)}
     model = replace(MODEL, dtype="bfloat16", tensors={"model.layers.0.mlp.up_proj.weight": ((64, 64), 2)})
     pictures = replace(model, tensors={**model.tensors, "visual.blocks.0.mlp.fc1.weight": ((64, 64), 2)})
-    told = "weights: sym_int4 (chosen with --low-bit), layers left in bfloat16 multiplied by our kernel ("
+    told = "weights: sym_int4 (chosen with --low-bit), layers left in bfloat16, if any, multiplied by our kernel ("
     assert measured(times, pictures, low_bit="sym_int4")[1].startswith(told)
     assert measured(times, model, low_bit="sym_int4", low_bit_head="none")[1].startswith(told)
     assert measured(times, model, low_bit="sym_int4")[1] == "weights: sym_int4 (chosen with --low-bit)"
